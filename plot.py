@@ -1,0 +1,786 @@
+"""Compare all runs found: figures, tables and one self-contained report.
+
+    python plot.py          # compares the folders run_* of the current folder
+    python plot.py DIR      # those of DIR; what is written then goes there too
+
+Writes each figure as PNG and SVG, summary.md (the tables, which are also printed) and report.html
+(all of it in one file that fetches nothing).  Ten runs of 800 steps and three seeds: 10 seconds.
+
+A value is the mean over seeds ± one standard error, sd(ddof=1) / sqrt(n); a single seed has no
+error bar.  A missing value is a gap or a dash, never a 0.  Scales and layers never share a figure
+or a table.  Steadiness is judged on the raw loss: an averaged one is smooth by construction.
+"""
+
+import argparse
+import base64
+import html
+import io
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")  # needs no screen; must stand before pyplot
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
+
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Labels                                                                                         │
+# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+# CREATE LEGEND -- ADD RUNS HERE THAT WILL BE PLOTTED
+# (A run that is not listed is shown too, under the name of its folder.)
+labels = {
+    "run_0": "given baseline (0 steps)",
+    "run_1": "blend 0.1→0.9 + EMA",
+    "run_2": "adaptive tightening",
+    "run_3": "α fixed at 0.5",
+    "run_4": "blend in half the time",
+    "run_5": "cosine annealing",
+    "run_6": "exponential approach",
+    "run_7": "control: vanilla ReLU",
+    "run_8": "cosine only",
+    "run_9": "blend without EMA",
+    "run_10": "learned blend",
+}
+BASELINE, CONTROL = "run_0", "run_7"
+
+# Okabe and Ito's colours, and four more that colour-blind readers can tell from them.
+COLOURS = ("#999999", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS += ("#882255", "#A79A00", "#332288", "#44AA99")
+MARKERS = ("h", "o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+DASHES = ("-", "-", "-", "--", "-.", "--", "-.", "-", ":", "--", "-")
+
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Metrics                                                                                        │
+# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+KS = (1, 2, 5, 10, 20, 50)
+# Group -> name in final_info.json -> title, arrow (the better direction), definition.
+GROUPS = {
+    "stability": {
+        "loss_roughness": ("roughness", "↓", "sd of log raw loss around its running median"),
+        "loss_spikes": ("spikes", "↓", "steps whose raw loss is over 1.5 running medians"),
+        "grad_norm_cv": ("grad CV", "↓", "sd / mean of the gradient norm"),
+        "decoder_pw_mcc": ("PW-MCC", "↑", "mean |cosine| of two seeds' matched decoder rows"),
+        "decoder_pw_mcc_null": ("PW-MCC by chance", "", "the same of random dictionaries"),
+    },
+    "absorption": {
+        "absorption_full": ("full absorption", "↓", "SAE-Bench's, mean over letters"),
+        "absorption_fraction": ("absorption fraction", "↓", "SAE-Bench's, mean over letters"),
+        "absorption_full_sd_over_letters": ("sd over letters", "↓", "of full absorption"),
+        "absorption_full_sd_over_seeds": ("sd over seeds", "↓", "of full absorption"),
+        "absorption_full_rank_correlation": ("agreement", "↑", "Spearman of two seeds' letters"),
+        "absorption_letters": ("letters", "", "letters whose probe is good enough to count"),
+    },
+    "probing": {
+        **{f"probing_top_{k}": (f"top-{k}", "↑", f"accuracy on the {k} best latents") for k in KS},
+        "probing_all_latents": ("all latents", "↑", "accuracy on all latents, mean over tasks"),
+        "probing_top_1_sd_over_tasks": ("sd over tasks", "↓", "of top-1"),
+        "probing_top_1_sd_over_seeds": ("sd over seeds", "↓", "of top-1"),
+    },
+    "fidelity": {
+        "fvu": ("FVU", "↓", "fraction of variance unexplained, held-out text"),
+        "l0": ("L0", "", "latents firing per token; every run aims at the same"),
+        "dead": ("dead", "↓", "share of latents that never fire on held-out text"),
+        "ce_recovered": ("CE recovered", "↑", "cross-entropy, 1: as the original, 0: as zeros"),
+    },
+}
+METRICS = {name: about for metrics in GROUPS.values() for name, about in metrics.items()}
+# These compare seeds with each other: they are one number, with no error over the seeds.
+BETWEEN_SEEDS = ("_over_seeds", "_rank_correlation", "_pw_mcc", "_pw_mcc_null")
+
+Value = tuple[float, float]  # mean and standard error, NaN where missing
+
+
+def heading(metric: str) -> str:
+    return " ".join(METRICS[metric][:2]).rstrip()
+
+
+def mean_and_error(values) -> Value | tuple[np.ndarray, np.ndarray]:
+    """Over the last axis, the seeds.  A None makes both NaN; a single seed has no error."""
+    values = np.array(values, dtype=float)
+    n = values.shape[-1]
+    mean = values.mean(-1) if n else np.full(values.shape[:-1], math.nan)
+    error = values.std(-1, ddof=1) / math.sqrt(n) if n > 1 else np.full_like(mean, math.nan)
+    return mean, error
+
+
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Loading                                                                                        │
+# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+READ_OUT = ", read out with alpha = "
+
+
+@dataclass
+class Arm:
+    """One run at one scale and layer."""
+
+    name: str
+    key: str  # "<scale> layer <L>"
+    entry: dict  # of final_info.json
+    look: dict  # colour, marker and dash, the same in every figure
+    records: list[dict]  # of training_log.jsonl, this layer's
+    config: dict
+    readouts: dict[str, "Arm"]  # alpha at read time -> the same SAEs, scored so
+
+    @property
+    def label(self) -> str:
+        return labels.get(self.name, self.name)
+
+    @property
+    def row(self) -> str:
+        return f"{self.name} {labels.get(self.name, '')}".rstrip()
+
+    def get(self, *path: str):
+        """What the entry has under these names; an empty dict where it has nothing."""
+        found = self.entry
+        for name in path:
+            found = (found or {}).get(name)
+        return {} if found is None else found
+
+    def value(self, metric: str) -> Value:
+        mean, error = self.get("means").get(metric), self.get("stderrs").get(metric)
+        return tuple(np.array([mean, None if metric.endswith(BETWEEN_SEEDS) else error], float))
+
+    def seeds(self, metric: str) -> np.ndarray:
+        return np.array(self.get("final_info_dict").get(metric, []), dtype=float)
+
+    def series(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Steps at which a quantity was measured, its mean over seeds there, and the error."""
+        found = [(r["step"], r[name]) for r in self.records if r.get(name) is not None]
+        return np.array([step for step, _ in found]), *mean_and_error([v for _, v in found] or [[]])
+
+
+def natural(text: str) -> list:
+    """Sort key that puts run_2 before run_10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text)]
+
+
+def found_runs(folder: Path) -> dict[str, dict]:
+    """final_info.json of every finished run, in natural order; others are named and passed over."""
+    runs = {}
+    for path in sorted(filter(Path.is_dir, folder.glob("run_*")), key=lambda p: natural(p.name)):
+        try:
+            info = json.loads((path / "final_info.json").read_text(encoding="utf-8"))
+            for entry in info.values():  # the contract: numbers or nulls under "means"
+                np.array(list(entry["means"].values()), dtype=float)
+            runs[path.name] = info
+        except FileNotFoundError:
+            print(f"{path.name}: skipped, not finished (it has no final_info.json)")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            print(f"{path.name}: skipped, its final_info.json is no result ({error!r})")
+    return runs
+
+
+def read_optional(path: Path, otherwise: list | dict) -> list | dict:
+    """JSON, or its lines as a list; `otherwise` where the file is missing or, said so, damaged."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        lines = path.suffix == ".jsonl"
+        return json.loads(f"[{','.join(text.splitlines())}]" if lines else text)
+    except FileNotFoundError:
+        return otherwise
+    except (OSError, ValueError) as error:
+        print(f"{path.parent.name}: {path.name} is left out ({error!r})")
+        return otherwise
+
+
+def looks(names: list[str]) -> dict[str, dict]:
+    """Colour, marker and dash by the run's place in `labels`; black is the control's alone."""
+    kinds = [
+        {"color": colour, "marker": marker, "linestyle": dash}
+        for colour, marker, dash in zip(COLOURS, MARKERS, DASHES, strict=True)
+    ]
+    others = [name for name in dict.fromkeys([*labels, *names]) if name != CONTROL]
+    found = {name: kinds[i % len(kinds)] for i, name in enumerate(others)}
+    return found | {CONTROL: {"color": "black", "marker": "d", "linestyle": "-"}}
+
+
+def load(folder: Path) -> dict[str, list[Arm]]:
+    """The runs of each "<scale> layer <L>"; those with a training log, which get figures, first."""
+    runs, groups = found_runs(folder), {}
+    for name, info in runs.items():
+        records = read_optional(folder / name / "training_log.jsonl", [])
+        config = read_optional(folder / name / "config.json", {})
+        make = partial(Arm, name, look=looks(list(runs))[name], config=config)
+        for key in (title for title in info if READ_OUT not in title):
+            layer = [r for r in records if key.endswith(f" layer {r['layer']}")]
+            readouts = {
+                title.removeprefix(key + READ_OUT): make(key, entry, records=[], readouts={})
+                for title, entry in info.items()
+                if title.startswith(key + READ_OUT)
+            }
+            arm = make(key, info[key], records=layer, readouts=readouts)
+            groups.setdefault(key, []).append(arm)
+    order = sorted(groups, key=lambda key: (not any(a.records for a in groups[key]), natural(key)))
+    return {key: groups[key] for key in order}
+
+
+def find(arms: list[Arm], name: str) -> Arm | None:
+    return next((arm for arm in arms if arm.name == name), None)
+
+
+def paired(arm: Arm, other: Arm, metric: str) -> Value:
+    """Seed s of `arm` minus seed s of `other`, over the seeds both have.
+
+    Seed s starts from the same weights and sees the same batches in every run, so what the seeds
+    differ by drops out.
+    """
+    a, b = arm.seeds(metric), other.seeds(metric)
+    n = min(len(a), len(b))
+    mean, error = mean_and_error(a[:n] - b[:n])
+    return mean, math.nan if metric.endswith(BETWEEN_SEEDS) else error
+
+
+def task_differences(arm: Arm, control: Arm) -> dict[str, np.ndarray]:
+    """Top-1 probing accuracy, per task that both have: seed s of `arm` minus seed s of `control`."""
+    a, b = (x.get("per_task", "probing_top_1") for x in (arm, control))
+    n = {task: min(len(a[task]), len(b[task])) for task in a if task in b}
+    return {t: np.array(a[t][:k], float) - np.array(b[t][:k], float) for t, k in n.items() if k}
+
+
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Figures: the name of each is its file's, the docstring its caption                             │
+# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+WIDTH = 4.2  # inches: half a page, so that 8 points here are 8 points in print
+plt.rcParams |= {
+    "font.size": 8,
+    **dict.fromkeys(("axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8),
+    "axes.titlesize": 8.5,
+    "figure.titlesize": 9.5,
+    "figure.titleweight": "bold",
+    "axes.grid": True,
+    "grid.color": "0.9",
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 4,
+    "legend.frameon": False,
+    "svg.hashsalt": "cosine-sae",  # the same runs give the same file, byte for byte
+}
+
+
+def short(text: str, width: int = 26) -> str:
+    """A name that fits beside a plot; a dollar sign must not start a formula."""
+    return (text if len(text) <= width else text[: width - 1] + "…").replace("$", r"\$")
+
+
+def stack(title: str, arms: list[Arm], heights: list[float], legend: bool = True):
+    """A figure of bands of these heights in inches, one under the other, and the legend below."""
+    heights = [*heights, *([0.1 + 0.155 * math.ceil(len(arms) / 2)] if legend else [])]
+    figure = plt.figure(figsize=(WIDTH, sum(heights) + 0.35), layout="constrained")
+    figure.suptitle(f"{title}: {short(arms[0].key)}")
+    bands = np.atleast_1d(figure.subfigures(len(heights), 1, height_ratios=heights))
+    if legend:
+        handles = [Line2D([], [], label=short(arm.label), **arm.look) for arm in arms]
+        bands[-1].legend(handles=handles, loc="center", ncols=2, labelspacing=0.25)
+    return figure, bands
+
+
+def say(ax, text: str = "no value in any run") -> None:
+    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color="0.4")
+
+
+def curves(ax, arms: list[Arm], name: str, title: str, log: bool = False) -> None:
+    """Mean over seeds with a band of ± one standard error, against the training step."""
+    for i, arm in enumerate(arms):
+        steps, mean, error = arm.series(name)
+        if len(steps):
+            every = max(1, len(steps) // 6)
+            marks = {"markevery": (i * every // len(arms), every), "markersize": 3.5}
+            ax.plot(steps, mean, **arm.look | marks, lw=0.6 if name == "loss" else 1.1)
+            # Bands as pixels: their thousands of corners would make up most of an SVG.
+            band = {"color": arm.look["color"], "alpha": 0.2, "lw": 0, "rasterized": True}
+            ax.fill_between(steps, mean - error, mean + error, **band)
+    if not ax.lines:
+        say(ax)
+    elif log:
+        ax.set_yscale("log")
+        low, high = ax.get_ylim()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high < 30 * low else (1,)))
+        ax.yaxis.set_major_formatter(ScalarFormatter())
+        ax.yaxis.set_minor_locator(NullLocator())
+    ax.set(title=title, xlabel="training step")
+
+
+def rows(ax, names: list[str], values: list[Value], looks: list[dict], title: str) -> None:
+    """A row per name, from the top: mean ± one standard error; a missing value leaves it empty."""
+    for y, ((mean, error), look) in enumerate(zip(values, looks, strict=True)):
+        ax.errorbar(mean, y, xerr=error, **look)
+    ax.set_yticks(range(len(names)), map(short, names))
+    ax.set(title=title, ylim=(len(names) - 0.5, -0.5))
+    ax.xaxis.set_major_locator(MaxNLocator(2))
+    if not np.isfinite([mean for mean, _ in values]).any():
+        say(ax, "no value")
+
+
+def run_rows(ax, arms: list[Arm], values: list[Value], title: str) -> None:
+    rows(ax, [arm.label for arm in arms], values, [arm.look for arm in arms], title)
+
+
+def training_curves(arms: list[Arm]):
+    """Raw loss, and how steady it was over the last 80% of steps."""
+    figure, (top, bottom) = stack("Training", arms, [2.4, 0.55 + 0.16 * len(arms)], legend=False)
+    curves(top.subplots(), arms, "loss", "raw loss (log scale)", log=True)
+    axes = bottom.subplots(1, 3, sharey=True)
+    for ax, metric in zip(axes, ("loss_roughness", "loss_spikes", "grad_norm_cv"), strict=True):
+        run_rows(ax, arms, [arm.value(metric) for arm in arms], heading(metric))
+    return figure
+
+
+def schedules(arms: list[Arm]):
+    """What drives training.  A run without a weight average has no line under EMA decay."""
+    figure, (top, _) = stack("Schedules", arms, [3.6])
+    axes = top.subplots(2, 2, sharex=True)
+    curves(axes[0, 0], arms, "alpha", "alpha")
+    curves(axes[0, 1], arms, "ema_decay", "EMA decay")
+    curves(axes[1, 0], arms, "lambda", "lambda (log scale)", log=True)
+    curves(axes[1, 1], arms, "l0", "L0, target dotted (log)", log=True)
+    for arm in arms:
+        steps, target, _ = arm.series("l0_target")
+        axes[1, 1].plot(steps, target[: len(steps)], ":", color=arm.look["color"], lw=0.7)
+    for ax in axes[0]:
+        ax.set_xlabel("")
+    return figure
+
+
+def online_absorption(arms: list[Arm]):
+    """Absorption of the live weights during training, on the words SAE-Bench trains its probe on."""
+    figure, (upper, lower, _) = stack("Online absorption", arms, [1.9, 1.9])
+    curves(upper.subplots(), arms, "online_absorption", "absorption fraction ↓")
+    curves(lower.subplots(), arms, "online_full_absorption", "full absorption ↓")
+    return figure
+
+
+def absorption_letters(arms: list[Arm]):
+    """Full absorption by first letter, mean over seeds.  Hatched: the letter was not scored."""
+    figure, (band,) = stack("Absorption", arms, [0.95 + 0.17 * len(arms)], legend=False)
+    left, right = band.subplots(1, 2, sharey=True, width_ratios=(2.5, 1))
+    run_rows(right, arms, [arm.value("absorption_full") for arm in arms], "mean ↓")
+    left.set_title("full absorption by letter ↓")
+    left.grid(False)
+    rates = [arm.get("per_letter", "absorption_full") for arm in arms]
+    letters = sorted({letter for rate in rates for letter in rate})
+    if not letters:
+        say(left)
+        return figure
+    table = [[mean_and_error(rate.get(letter, []))[0] for letter in letters] for rate in rates]
+    left.patch.set(hatch="//////", edgecolor="0.75", lw=0)  # shows where there is no cell
+    at = np.arange(len(letters)), np.arange(len(arms))
+    mesh = left.pcolormesh(*at, np.ma.masked_invalid(table), cmap="YlGnBu", vmin=0)
+    left.set_xticks(at[0], letters)
+    left.tick_params(length=0)
+    for i, tick in enumerate(left.xaxis.get_major_ticks()):
+        tick.set_pad(1 + 8 * (i % 2))  # at two heights: 26 letters are wider than the map
+    band.colorbar(mesh, ax=left, location="bottom", aspect=30, pad=0.02)
+    return figure
+
+
+def probing(arms: list[Arm]):
+    """Sparse probing.  Bottom: a tick is a task; the error of the tasks' mean is over seeds."""
+    control = find(arms, CONTROL)
+    others = [arm for arm in arms if control and arm is not control]
+    tasks = sorted({task for arm in arms for task in arm.get("per_task", "probing_top_1")})
+    heights = [2.1, 0.5 + 0.42 * max(1, len(tasks)), 0.55 + 0.16 * max(2, len(others))]
+    figure, (upper, middle, lower, _) = stack("Sparse probing", arms, heights)
+    accuracy_by_k(upper.subplots(), arms)
+    accuracy_by_task(middle.subplots(), arms, tasks)
+    ax, title = lower.subplots(), f"top-1 less {CONTROL}'s, by task and mean"
+    if not others:
+        say(ax, f"no differences: {'no other run' if control else CONTROL + ' is missing'}")
+        ax.set(title=title, xticks=[], yticks=[])
+        return figure
+    found = [list(task_differences(arm, control).values()) for arm in others]
+    run_rows(ax, others, [mean_and_error(np.mean(d, 0) if d else []) for d in found], title)
+    for y, (arm, difference) in enumerate(zip(others, found, strict=True)):
+        ticks = np.mean(difference, 1) if difference else []
+        ax.plot(ticks, [y] * len(ticks), "|", color=arm.look["color"], markersize=7, alpha=0.6)
+    ax.axvline(0, color="black", lw=0.8)
+    return figure
+
+
+def accuracy_by_k(ax, arms: list[Arm]) -> None:
+    channels = [arms[0].value(f"lm_top_{k}")[0] for k in KS]
+    ax.plot(KS, channels, color="0.6", lw=3, zorder=1, label="the model's own channels")
+    for arm in arms:
+        means, errors = zip(*(arm.value(f"probing_top_{k}") for k in KS), strict=True)
+        ax.errorbar(KS, means, yerr=errors, **arm.look)
+    ax.set_xscale("log")
+    ax.set_xticks(KS, map(str, KS))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set(title="accuracy ↑ by number of latents k", xlabel="k")
+    ax.legend(loc="lower right")
+
+
+def accuracy_by_task(ax, arms: list[Arm], tasks: list[str]) -> None:
+    for i, arm in enumerate(arms):
+        found = arm.get("per_task", "probing_top_1")
+        offset = 0.76 * ((i + 0.5) / len(arms) - 0.5)
+        for y, task in enumerate(tasks):
+            mean, error = mean_and_error(found.get(task, []))
+            ax.errorbar(mean, y + offset, xerr=error, **arm.look | {"markersize": 3.5})
+    ax.set_yticks(range(len(tasks)), [short(task.rsplit("/", 1)[-1], 18) for task in tasks])
+    ax.set_yticks(np.arange(1, len(tasks)) - 0.5, minor=True)
+    ax.grid(False, axis="y", which="major")
+    ax.grid(True, axis="y", which="minor", color="0.8")
+    ax.tick_params(axis="y", which="both", length=0)
+    ax.set(title="top-1 accuracy ↑ by task", ylim=(len(tasks) - 0.5, -0.5))
+
+
+def tradeoff(arms: list[Arm]):
+    """A run that absorbs less because it reconstructs worse lies further to the right."""
+    metrics = ("absorption_full", "absorption_fraction", "probing_top_1")
+    heights = [0.5 + 0.15 * max(8, len(arms))] * len(metrics)
+    figure, bands = stack("Trade-off", arms, heights, legend=False)
+    for band, metric in zip(bands, metrics, strict=True):
+        ax = band.subplots()
+        points = [(*arm.value(metric), *arm.value("fvu"), arm) for arm in arms]
+        points = [p for p in points if math.isfinite(p[0]) and math.isfinite(p[2])]
+        # Names stand in the margin in the order of their points, each tied to its own: no overlap.
+        for i, (y, dy, x, dx, arm) in enumerate(sorted(points, key=lambda p: p[0])):
+            ax.errorbar(x, y, xerr=dx, yerr=dy, **arm.look)
+            place = {"xytext": (1.04, (i + 0.5) / len(points)), "textcoords": "axes fraction"}
+            tie = {"arrowstyle": "-", "lw": 0.5, "color": arm.look["color"]}
+            tie |= {"relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 3}
+            ax.annotate(short(arm.label), (x, y), **place, va="center", arrowprops=tie)
+        if not points:
+            say(ax)
+        ax.set(title=heading(metric), xlabel=heading("fvu"))
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+    return figure
+
+
+def readout(arms: list[Arm]):
+    """The same SAEs probed with another alpha (open) than the one they were trained to (filled)."""
+    scored = read_outs(arms)
+    if not scored:
+        return None
+    arms = [arm for arm in arms if arm.readouts]
+    figure, (band, _) = stack("Read-out check", arms, [0.55 + 0.17 * len(scored)])
+    axes = band.subplots(1, 2, sharey=True)
+    for ax, metric in zip(axes, ("probing_top_1", "probing_top_5"), strict=True):
+        names, values = [how for how, _ in scored], [found.value(metric) for _, found in scored]
+        opened = [{} if found in arms else {"markerfacecolor": "white"} for _, found in scored]
+        looks = [found.look | o for (_, found), o in zip(scored, opened, strict=True)]
+        rows(ax, names, values, looks, heading(metric))
+    return figure
+
+
+def read_outs(arms: list[Arm]) -> list[tuple[str, Arm]]:
+    """The runs with a read-out check, as trained and then with each alpha they were read with."""
+    found = []
+    for arm in arms:
+        if arm.readouts:
+            alphas = sorted(arm.readouts.items(), key=lambda item: natural(item[0]))
+            found += [("as trained", arm), *((f"read as α = {a}", s) for a, s in alphas)]
+    return found
+
+
+FIGURES = (training_curves, schedules, online_absorption, absorption_letters)
+FIGURES += (probing, tradeoff, readout)
+
+
+class Figure(NamedTuple):
+    name: str
+    caption: str
+    svg: bytes
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Readers see the old file or the whole new one, whatever happens in between."""
+    partial_path = path.with_name(f".{path.name}.partial")
+    partial_path.write_bytes(content)
+    partial_path.replace(path)
+
+
+def draw(arms: list[Arm], folder: Path, suffix: str) -> list[Figure]:
+    """Write every figure of one scale and layer, as PNG and SVG."""
+    drawn = []
+    for function in FIGURES:
+        if figure := function(arms):
+            name, images = function.__name__ + suffix, {}
+            for kind, metadata in (("png", {}), ("svg", {"Date": None})):
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format=kind, dpi=220, metadata=metadata)
+                images[kind] = buffer.getvalue()
+                write_atomically(folder / f"{name}.{kind}", images[kind])
+            plt.close(figure)
+            drawn.append(Figure(name, function.__doc__, images["svg"]))
+    return drawn
+
+
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Tables                                                                                         │
+# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+class Table(NamedTuple):
+    heading: str
+    note: str
+    lines: list[list[str]]  # the first is the head; none at all: only the note
+
+
+Row = tuple[str, Callable[[str], Value]]  # its name, and what gives the value of a metric
+
+
+def shown(value: Value, sign: str = "") -> str:
+    """Four decimals, or one from 10 upwards; a dash for what is missing."""
+    mean, error = value
+    if not math.isfinite(mean):
+        return "–"
+    digits = 4 if abs(mean) < 10 else 1
+    return f"{mean:{sign}.{digits}f}" + (f" ± {error:.{digits}f}" if math.isfinite(error) else "")
+
+
+def metric_tables(title: str, note: str, rows: list[Row], groups=tuple(GROUPS), sign=""):
+    """One table per group of metrics; a metric that no row has is no column, but is named."""
+    tables = []
+    for group in groups:
+        found = {m: [value(m) for _, value in rows] for m in GROUPS[group]}
+        kept = [m for m in found if np.isfinite([mean for mean, _ in found[m]]).any()]
+        absent = ", ".join(METRICS[m][0] for m in found if m not in kept)
+        lines = [["", *map(heading, kept)]]
+        for i, (name, _) in enumerate(rows):
+            lines.append([name, *(shown(found[m][i], sign) for m in kept)])
+        text = f"{note}  No value in any row: {absent}." if absent else note
+        tables.append(Table(f"{title}: {group}", text.strip(), lines if kept else []))
+    return tables
+
+
+def runs_table(arms: list[Arm]) -> Table:
+    """What was run, the notes the runs left, and the settings in which they differ."""
+    lines, notes = [["", "what it tries", "seeds", "steps"]], []
+    first = next((arm for arm in arms if arm.config.get("scale")), None)
+    for arm in arms:
+        seeds = max(map(len, arm.get("final_info_dict").values()), default="–")
+        steps = arm.config.get("total_steps", arm.get("means").get("training_steps", "–"))
+        title = arm.config.get("run", {}).get("title", "–")
+        lines.append([arm.row, title, str(seeds), str(steps)])
+        if scale := arm.config.get("scale"):
+            theirs = first.config["scale"]
+            names = sorted(n for n in {*scale, *theirs} if scale.get(n) != theirs.get(n))
+            if names:
+                which = f"{', '.join(names)} than {first.name}"
+                notes.append(f"NOT COMPARABLE: {arm.name} ran with another {which}.")
+        for about, note in arm.get("notes").items():
+            notes += [f"{arm.name}, {about}: {note}"] if isinstance(note, str) else []
+    return Table("Runs", "  ".join(notes), lines)
+
+
+def task_table(arms: list[Arm], control: Arm) -> Table:
+    """Where a difference to the control comes from, task by task."""
+    found = [{task: d.mean() for task, d in task_differences(arm, control).items()} for arm in arms]
+    tasks = sorted({task for means in found for task in means})
+    lines = [["", "mean", "sd over tasks", *tasks]]
+    for arm, means in zip(arms, found, strict=True):
+        known = [mean for mean in means.values() if math.isfinite(mean)]
+        sd = np.std(known, ddof=1) if len(known) > 1 else math.nan
+        values = [mean_and_error(known)[0], sd, *(means.get(task, math.nan) for task in tasks)]
+        lines.append([arm.row, *(shown((value, math.nan), "+") for value in values)])
+    note = "Paired by seed, then the mean over seeds; mean and sd are over tasks."
+    return Table(f"Top-1 probing less {CONTROL}'s, by task", note, lines)
+
+
+def rank_correlation(pairs: list[Value]) -> float | None:
+    """Spearman's, ties sharing their mean rank; None below three pairs or if a side is constant."""
+    sides = np.array(pairs).reshape(-1, 2).T[:, :, None]
+    ranks = np.sign(sides - sides.swapaxes(1, 2)).sum(-1)  # twice the rank, up to a constant
+    return float(np.corrcoef(ranks)[0, 1]) if len(pairs) > 2 and ranks.any(1).all() else None
+
+
+def online_table(arms: list[Arm]) -> Table:
+    lines = [["", "runs", "Spearman rank correlation"]]
+    for kind, online in (("full", "online_full_absorption"), ("fraction", "online_absorption")):
+        pairs = [(arm.value(online)[0], arm.value(f"absorption_{kind}")[0]) for arm in arms]
+        pairs = [pair for pair in pairs if np.isfinite(pair).all()]
+        found = rank_correlation(pairs)
+        title = METRICS[f"absorption_{kind}"][0]
+        lines.append([title, str(len(pairs)), "null" if found is None else f"{found:.2f}"])
+    note = (
+        "Over runs: the last value measured in training against SAE-Bench's.  null: under 3 runs."
+    )
+    return Table("Does online absorption foretell SAE-Bench's?", note, lines)
+
+
+def comparison(arms: list[Arm], baseline_key: str | None) -> list[Table]:
+    """All tables of one scale and layer."""
+    control, baseline = find(arms, CONTROL), find(arms, BASELINE)
+    trained = [arm for arm in arms if arm is not baseline]
+    others = [arm for arm in trained if arm is not control]
+
+    def channels(metric: str) -> Value:
+        name = metric.replace("probing_", "lm_").replace("latents", "channels")
+        return arms[0].value(name)[0], math.nan  # the same for every seed
+
+    def less_baseline(arm: Arm, metric: str) -> Value:
+        mean, error = arm.value(metric)
+        return mean - baseline.value(metric)[0], error
+
+    values = [(arm.row, arm.value) for arm in arms]
+    tables = [runs_table(arms)]
+    tables += metric_tables("Results", "", values, ("stability", "absorption", "fidelity"))
+    tables += metric_tables("Results", "", [*values, ("model's channels", channels)], ("probing",))
+    if not trained:
+        return tables
+    title, note = f"Less {CONTROL}", "Paired: seed s has the same start and batches in every run."
+    if control and others:
+        pairs = [(arm.row, partial(paired, arm, control)) for arm in others]
+        tables += metric_tables(title, note, pairs, sign="+") + [task_table(others, control)]
+    elif others:
+        tables.append(Table(title, f"None: {CONTROL} is missing.", []))
+    title, note = f"Less {BASELINE}", "Not paired: the baseline is one SAE, the error the run's."
+    if baseline:
+        pairs = [(arm.row, partial(less_baseline, arm)) for arm in trained]
+        tables += metric_tables(title, note, pairs, sign="+")
+    elif baseline_key:
+        note = f"None: {BASELINE} is of another scale ({baseline_key}) and cannot be compared."
+        tables.append(Table(title, note, []))
+    swapped = [(f"{found.row}, {how}", found.value) for how, found in read_outs(arms)]
+    if swapped:
+        note = "The same SAEs, probed with another alpha than they were trained to."
+        tables += metric_tables("Read-out check", note, swapped, ("probing",))
+    return [*tables, online_table(trained)]
+
+
+def definitions() -> Table:
+    lines = [["", "better", "what it is"]]
+    for group, metrics in GROUPS.items():
+        lines += [[f"{group}: {t}", arrow or "–", what] for t, arrow, what in metrics.values()]
+    note = "Roughness, spikes and grad CV are of the last 80% of steps."
+    return Table("Metrics", note, lines)
+
+
+def as_markdown(table: Table) -> str:
+    """Columns are padded, so that it reads well as plain text too."""
+    lines = [[cell.replace("|", r"\|") for cell in line] for line in table.lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines[1:1] = [["-" * width for width in widths]] if lines else []
+    padded = [" | ".join(map(str.ljust, line, widths)) for line in lines]
+    body = "\n".join(f"| {line} |" for line in padded)
+    return "\n\n".join(filter(None, [f"### {table.heading}", table.note, body]))
+
+
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Report                                                                                         │
+# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+Section = tuple[str, list[Arm], list[Figure], list[Table]]
+TITLE = "Comparison of runs"
+LEGEND = (
+    "Values are means over seeds ± one standard error (sd with n − 1, over √n); without ± there is "
+    "one seed, or the number compares seeds with each other.  A dash is a missing value, never a 0."
+)
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px;
+       margin: auto; padding: 1rem }
+h2 { border-top: 1px solid #ccc; margin-top: 3rem; padding-top: 1rem }
+.figures { display: grid; gap: 2rem;
+           grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)) }
+figure { margin: 0 } figure img { width: 100% } figcaption { color: #555; font-size: .9rem }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem }
+th, td { border-bottom: 1px solid #ddd; padding: .2rem .8rem .2rem 0; text-align: left;
+         white-space: nowrap; font-variant-numeric: tabular-nums }
+pre { overflow-x: auto; background: #f6f6f6; padding: 1rem }
+"""
+
+
+def tag(name: str, content: str, attributes: str = "") -> str:
+    return f"<{name}{attributes}>{content}</{name}>"
+
+
+def as_html(table: Table) -> str:
+    cells = [
+        [tag("td" if i else "th", html.escape(cell)) for cell in line]
+        for i, line in enumerate(table.lines)
+    ]
+    body = "".join(tag("tr", "".join(line)) for line in cells)
+    parts = tag("h3", html.escape(table.heading)), tag("p", html.escape(table.note))
+    return "".join(parts) + tag("div", tag("table", body), ' class="wide"')
+
+
+def figure_html(figure: Figure) -> str:
+    """An image: as inline SVG the element ids of one figure would clash with the next one's."""
+    name, caption = html.escape(figure.name), html.escape(figure.caption)
+    source = "data:image/svg+xml;base64," + base64.b64encode(figure.svg).decode()
+    image = f'<img src="{source}" alt="{name}: {caption}">'
+    return tag("figure", image + tag("figcaption", caption), f' id="{name}"')
+
+
+def configuration_html(arm: Arm) -> str:
+    text = json.dumps(arm.config, indent=2, ensure_ascii=False, sort_keys=True)
+    summary = tag("summary", f"Configuration of {html.escape(arm.row)}")
+    return tag("details", summary + tag("pre", html.escape(text))) if arm.config else ""
+
+
+def report(sections: list[Section]) -> str:
+    body = tag("h1", TITLE) + tag("p", LEGEND)
+    for key, arms, figures, tables in sections:
+        body += tag("h2", html.escape(key))
+        body += tag("div", "".join(map(figure_html, figures)), ' class="figures"')
+        body += "".join([*map(as_html, tables), *map(configuration_html, arms)])
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head = tag("head", head + tag("title", TITLE) + tag("style", STYLE))
+    body = tag("body", body + as_html(definitions()))
+    return "<!doctype html>\n" + tag("html", head + body, ' lang="en"') + "\n"
+
+
+def summary(sections: list[Section]) -> str:
+    parts = [f"# {TITLE}", LEGEND]
+    for key, *_, tables in sections:
+        parts += [f"## {key}", *map(as_markdown, tables)]
+    return "\n\n".join([*parts, as_markdown(definitions())]) + "\n"
+
+
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ main                                                                                           │
+# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+def compare(folder: Path) -> None:
+    groups = load(folder)
+    if not groups:
+        first = "run `python experiment.py --out_dir=run_1` first"
+        sys.exit(f"error: no finished run found in {folder.resolve()}: {first}")
+    drawable = [key for key, arms in groups.items() if any(arm.records for arm in arms)]
+    baseline_key = next((key for key, arms in groups.items() if find(arms, BASELINE)), None)
+    sections = []
+    for key, arms in groups.items():
+        suffix = "_" + re.sub(r"[^\w.-]+", "_", key) if len(drawable) > 1 else ""
+        figures = draw(arms, folder, suffix) if key in drawable else []
+        sections.append((key, arms, figures, comparison(arms, baseline_key)))
+    text = summary(sections)
+    write_atomically(folder / "summary.md", text.encode())
+    write_atomically(folder / "report.html", report(sections).encode())
+    print(text)
+    n = sum(len(figures) for _, _, figures, _ in sections)
+    print(f"wrote {n} figures (PNG and SVG), summary.md and report.html in {folder.resolve()}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare all runs found in a folder.")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(), help="default: this one")
+    folder = parser.parse_args().folder
+    if not folder.is_dir():
+        sys.exit(f"error: {folder} is not a folder: name the one that holds the folders run_*")
+    try:
+        compare(folder)
+    except OSError as error:
+        sys.exit(f"error: {error.strerror or error}: {error.filename or folder}")
+
+
+if __name__ == "__main__":
+    main()
