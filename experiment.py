@@ -7,8 +7,9 @@ scores them with SAE-Bench.  A run is a row of the table RUNS; the machine picks
     python plot.py                          # compare all runs found in the current folder
 
 What to expect on two CPU cores (scale "laptop": SmolLM2-135M layer 8, 2,304 latents, 3 seeds): the
-first run takes under 10 minutes with all one-time preparation, later ones under 6.  The control run_7
-ends near L0 = 36 with FVU < 0.25, and its best latents probe better than the model's best channels.
+first run takes under 10 minutes with all one-time preparation, later ones under 6.  The control,
+run_7, ends near L0 = 36 with FVU < 0.25, and its best latents probe better than the model's best
+channels.
 
 A token's activation x is seen through a blend of two scores, alpha moving it from cosine to linear:
 
@@ -48,8 +49,8 @@ from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
-# sae-bench requires torchvision but never imports it; transformers does if it can, and one built for
-# another torch breaks that import.  Must stand before transformers is first imported.
+# sae-bench requires torchvision but never imports it; transformers does if it can, and one built
+# for another torch breaks that import.  Must stand before transformers is first imported.
 sys.modules.setdefault("torchvision", None)
 
 import numpy as np
@@ -203,7 +204,8 @@ class Scale:
         )
         check(
             self.target_l0 < self.initial_l0 <= self.d_sae,
-            f"needs target_l0={self.target_l0} < initial_l0={self.initial_l0} <= d_sae={self.d_sae}",
+            f"target_l0={self.target_l0} must be below initial_l0={self.initial_l0}, and that at "
+            f"most d_sae={self.d_sae}",
         )
         check(
             self.evaluation_dtype in ("float32", "bfloat16"),
@@ -263,7 +265,7 @@ SCALES: dict[str, Scale] = {
         language_model="pypi:smollm2",
         text="sae-probes",
         layers=(8,),
-        training_tokens=1_638_400,
+        training_tokens=1_228_800,
         keep_activations=True,
         tasks=("occupation", "news", "code", "sentiment"),
         probe_train_set_size=400,
@@ -341,6 +343,35 @@ def l0_target_at(scale: Scale, progress: float) -> float:
 # └────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 
+class BlendedScores(torch.autograd.Function):
+    """z = (x_c @ W) * (linear + token * cosine) + b, in one matmul and two passes over [S, B, F].
+
+    The passes over [S, B, F], not the multiplications, are what training spends its time on, so the
+    backward is by hand: sums over tokens and latents are matmuls with the vectors they weight.
+
+    x_c [S, B, D], W [S, D, F], token [S, B, 1], linear, cosine and b [S, 1, F], all of one dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, x_c, W, token, linear, cosine, b):
+        score = torch.bmm(x_c, W)
+        gain = torch.addcmul(linear, token, cosine)
+        ctx.save_for_backward(x_c, W, token, cosine, score, gain)
+        return torch.addcmul(b, score, gain)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x_c, W, token, cosine, score, gain = ctx.saved_tensors
+        by_gain = grad * score
+        ones = torch.ones_like(token)
+        d_linear, d_cosine = torch.bmm(torch.cat([ones, token], -1).mT, by_gain).split(1, dim=1)
+        d_token = torch.bmm(by_gain, cosine.mT)
+        d_b = torch.bmm(ones.mT, grad)
+        d_score = grad * gain
+        d_x = torch.bmm(d_score, W.mT) if ctx.needs_input_grad[0] else None
+        return d_x, torch.bmm(x_c.mT, d_score), d_token, d_linear, d_cosine, d_b
+
+
 def pre_activations(
     x_c: torch.Tensor,
     W_enc: torch.Tensor,
@@ -350,32 +381,28 @@ def pre_activations(
     k: float | torch.Tensor = 1.0,
     exponent: float | torch.Tensor = 0.0,
 ) -> torch.Tensor:
-    """z_i = g_i [ (1 - alpha) k r^e cos(x_c, w_i) + alpha x_c . w_i ] + b_enc_i, in one matmul.
+    """z_i = g_i [ (1 - alpha) k r^e cos(x_c, w_i) + alpha x_c . w_i ] + b_enc_i.
 
-    The two scores are two inputs, x_c and its direction, each weighted per token and laid side by
-    side against W_enc and its unit columns: the blend then happens inside the matmul, over 2D, and
-    not in passes over [S, B, F] that would cost more than the multiplications.  A half that a float
-    alpha of exactly 0 or 1 rules out is left out.
+    Both scores share a product, since cos(x_c, w_i) = x_c . w_i / (r ||w_i||): the blend is one matmul
+    times a gain that depends on the token (its norm) and on the latent (its gate and ||w_i||).  A
+    float alpha of exactly 0 or 1 rules one score out, and the gain goes into the matmul.
 
     Args:
-        x_c: centred activations [S, B, D]; their dtype is the dtype of the matmul.
+        x_c: centred activations [S, B, D]; their dtype is the dtype of the large operations.
         W_enc, gate, b_enc: [S, D, F], [S, F], [S, F].
         alpha, k, exponent: floats, or tensors [S, 1, 1].
     Returns: pre-activations [S, B, F], in the units of x_c.
     """
-    inputs, weights = [], []
-    if isinstance(alpha, torch.Tensor) or alpha > 0:
-        inputs.append(alpha * x_c)
-        weights.append(W_enc)
-    if isinstance(alpha, torch.Tensor) or alpha < 1:
-        r = x_c.float().norm(dim=-1, keepdim=True).clamp_min(1e-8)
-        inputs.append(x_c * ((1 - alpha) * k * r ** (exponent - 1)))
-        weights.append(W_enc / W_enc.norm(dim=1, keepdim=True).clamp_min(1e-8))
-    weight = torch.cat(weights, dim=1) * gate[:, None, :]
-    dtype = x_c.dtype
-    return torch.baddbmm(
-        b_enc[:, None, :].to(dtype), torch.cat(inputs, dim=-1).to(dtype), weight.to(dtype)
-    )
+    dtype, gate, b = x_c.dtype, gate[:, None, :], b_enc[:, None, :].to(x_c.dtype)
+    if isinstance(alpha, float) and alpha == 1.0:
+        return torch.baddbmm(b, x_c, (gate * W_enc).to(dtype))
+    r = x_c.to(W_enc.dtype).norm(dim=-1, keepdim=True).clamp_min(1e-8)
+    token = k * r ** (exponent - 1)
+    unit = gate / W_enc.norm(dim=1, keepdim=True).clamp_min(1e-8)
+    if isinstance(alpha, float) and alpha == 0.0:
+        return torch.baddbmm(b, (token * x_c).to(dtype), (unit * W_enc).to(dtype))
+    parts = W_enc, token, alpha * gate, (1 - alpha) * unit
+    return BlendedScores.apply(x_c, *(part.to(dtype) for part in parts), b)
 
 
 class Forward(NamedTuple):
@@ -564,10 +591,19 @@ def next_lambda(
     return (lambda_S * (gain * error_S).exp()).clamp(1e-6, 1e3)
 
 
-def adaptive_rate(absorption: float, best: float, rate: float, tolerance: float = 0.02) -> float:
+def recent_best(best: float, absorption: float, leak: float = 0.5) -> float:
+    """Best absorption so far, forgetting: it gives way to the present by `leak` a measurement.
+
+    An untrained SAE, whose latents all fire, absorbs nothing: an unforgetting best would be that 0,
+    and every run would stand still.  This one makes the pace answer to rises, not to the level.
+    """
+    return absorption if math.isinf(best) else min(absorption, best + leak * (absorption - best))
+
+
+def adaptive_rate(absorption: float, best: float, rate: float, tolerance: float = 0.05) -> float:
     """Pace of adaptive tightening, in units of the linear schedule's, from measured absorption.
 
-    2 while absorption is at its best so far, 1 at one tolerance above it, 0 from two tolerances on;
+    2 while absorption is at its recent best, 1 at one tolerance above it, 0 from two tolerances on;
     never negative, and never more than 0.5 away from the pace before.
     """
     wanted = min(max(2.0 - (absorption - best) / tolerance, 0.0), 2.0)
@@ -1190,7 +1226,7 @@ class Trainer:
         found = self.online.measure(self.sae, self.alpha_for(alphas), self.units.scale, self.dtype)
         fractions = [fraction for fraction, _ in found]
         for s, fraction in enumerate(fractions):
-            self.best_absorption[s] = min(self.best_absorption[s], fraction)
+            self.best_absorption[s] = recent_best(self.best_absorption[s], fraction)
             self.rate[s] = adaptive_rate(fraction, self.best_absorption[s], self.rate[s])
         return {
             "online_absorption": fractions,
@@ -1481,10 +1517,7 @@ def sae_bench(
             HookedTransformer=ours,
             get_dataset_activations=seeded(probing.get_dataset_activations),
         )
-        substitute(
-            activation_collection,
-            get_sae_meaned_activations=seeded(activation_collection.get_sae_meaned_activations),
-        )
+        substitute(activation_collection, get_sae_meaned_activations=seeded(pooled_latents))
         local = {name: list(TASKS[name]) for name in scale.tasks if name in TASKS}
         if local:
             stack.enter_context(mock.patch.dict(dataset_info.chosen_classes_per_dataset, local))
@@ -1502,6 +1535,26 @@ def sae_bench(
             random.setstate(generators[0])
             np.random.set_state(generators[1])  # noqa: NPY002
             torch.set_rng_state(generators[2])
+
+
+@torch.no_grad()
+def pooled_latents(texts: dict[str, torch.Tensor], sae, batch: int) -> dict[str, torch.Tensor]:
+    """SAE-Bench's get_sae_meaned_activations: each text's latents, averaged over its tokens.
+
+    texts: {class: residuals [texts, L, D], zero at padding and special tokens}; returns {class:
+    [texts, F]}.  Equal to SAE-Bench's up to rounding, but only tokens are encoded, few enough at a
+    time to stay in the caches: it encodes the padding as well and multiplies it by zero.
+    """
+    del batch  # SAE-Bench's counts texts
+    pooled = {}
+    for label, acts_BLD in texts.items():
+        is_token_BL = acts_BLD.sum(-1) != 0
+        owner_N, x_ND = is_token_BL.nonzero()[:, 0], acts_BLD[is_token_BL]
+        sums_BF = torch.zeros(len(acts_BLD), sae.cfg.d_sae, dtype=sae.dtype, device=x_ND.device)
+        for owner, x in zip(owner_N.split(2048), x_ND.split(2048), strict=True):
+            sums_BF.index_add_(0, owner, sae.encode(x))
+        pooled[label] = sums_BF / is_token_BL.sum(1, keepdim=True).to(sae.dtype)
+    return pooled
 
 
 def first_letter_words(scale: Scale, lm: LanguageModel) -> list[str]:

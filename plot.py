@@ -4,7 +4,7 @@
     python plot.py DIR      # those of DIR; what is written then goes there too
 
 Writes each figure as PNG and SVG, summary.md (the tables, which are also printed) and report.html
-(all of it in one file that fetches nothing).  Ten runs of 800 steps and three seeds: 10 seconds.
+(all of it in one file that fetches nothing).  Ten runs of 800 steps and three seeds: 6 seconds.
 
 A value is the mean over seeds ± one standard error, sd(ddof=1) / sqrt(n); a single seed has no
 error bar.  A missing value is a gap or a dash, never a 0.  Scales and layers never share a figure
@@ -20,7 +20,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +33,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
+from numpy.lib.stride_tricks import sliding_window_view
 
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Labels                                                                                         │
@@ -84,8 +85,11 @@ GROUPS = {
         "absorption_letters": ("letters", "", "letters whose probe is good enough to count"),
     },
     "probing": {
-        **{f"probing_top_{k}": (f"top-{k}", "↑", f"accuracy on the {k} best latents") for k in KS},
-        "probing_all_latents": ("all latents", "↑", "accuracy on all latents, mean over tasks"),
+        **{
+            f"probing_top_{k}": (f"probing top-{k}", "↑", f"accuracy of probes on k = {k} latents")
+            for k in KS
+        },
+        "probing_all_latents": ("all latents", "↑", "accuracy of probes on all latents"),
         "probing_top_1_sd_over_tasks": ("sd over tasks", "↓", "of top-1"),
         "probing_top_1_sd_over_seeds": ("sd over seeds", "↓", "of top-1"),
     },
@@ -125,37 +129,31 @@ READ_OUT = ", read out with alpha = "
 
 @dataclass
 class Arm:
-    """One run at one scale and layer."""
+    """One run at one scale and layer, or its SAEs read out with another alpha."""
 
     name: str
+    label: str
     key: str  # "<scale> layer <L>"
     entry: dict  # of final_info.json
     look: dict  # colour, marker and dash, the same in every figure
-    records: list[dict]  # of training_log.jsonl, this layer's
-    config: dict
-    readouts: dict[str, "Arm"]  # alpha at read time -> the same SAEs, scored so
-
-    @property
-    def label(self) -> str:
-        return labels.get(self.name, self.name)
+    records: list[dict] = field(default_factory=list)  # of training_log.jsonl, this layer's
+    config: dict = field(default_factory=dict)
+    readouts: list["Arm"] = field(default_factory=list)
 
     @property
     def row(self) -> str:
-        return f"{self.name} {labels.get(self.name, '')}".rstrip()
-
-    def get(self, *path: str):
-        """What the entry has under these names; an empty dict where it has nothing."""
-        found = self.entry
-        for name in path:
-            found = (found or {}).get(name)
-        return {} if found is None else found
+        return self.name if self.label == self.name else f"{self.name} {self.label}"
 
     def value(self, metric: str) -> Value:
-        mean, error = self.get("means").get(metric), self.get("stderrs").get(metric)
+        mean, error = self.entry["means"].get(metric), self.entry["stderrs"].get(metric)
         return tuple(np.array([mean, None if metric.endswith(BETWEEN_SEEDS) else error], float))
 
     def seeds(self, metric: str) -> np.ndarray:
-        return np.array(self.get("final_info_dict").get(metric, []), dtype=float)
+        return np.array(self.entry["final_info_dict"].get(metric, []), dtype=float)
+
+    def tasks(self) -> dict[str, list[float]]:
+        """Top-1 probing accuracy of every seed, by task."""
+        return self.entry["per_task"].get("probing_top_1", {})
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Steps at which a quantity was measured, its mean over seeds there, and the error."""
@@ -199,33 +197,41 @@ def read_optional(path: Path, otherwise: list | dict) -> list | dict:
 
 def looks(names: list[str]) -> dict[str, dict]:
     """Colour, marker and dash by the run's place in `labels`; black is the control's alone."""
-    kinds = [
-        {"color": colour, "marker": marker, "linestyle": dash}
-        for colour, marker, dash in zip(COLOURS, MARKERS, DASHES, strict=True)
-    ]
-    others = [name for name in dict.fromkeys([*labels, *names]) if name != CONTROL]
-    found = {name: kinds[i % len(kinds)] for i, name in enumerate(others)}
-    return found | {CONTROL: {"color": "black", "marker": "d", "linestyle": "-"}}
+    found = {CONTROL: {"color": "black", "marker": "d", "linestyle": "-"}}
+    others, n = [m for m in dict.fromkeys([*labels, *names]) if m != CONTROL], len(COLOURS)
+    for i, name in enumerate(others):
+        marker = MARKERS[(i + i // n) % n]  # a colour that comes again has another marker
+        found[name] = {"color": COLOURS[i % n], "marker": marker, "linestyle": DASHES[i % n]}
+    return found
 
 
 def load(folder: Path) -> dict[str, list[Arm]]:
     """The runs of each "<scale> layer <L>"; those with a training log, which get figures, first."""
     runs, groups = found_runs(folder), {}
+    look_of = looks(list(runs))
+    parts = ("stderrs", "final_info_dict", "per_letter", "per_task", "notes")
     for name, info in runs.items():
         records = read_optional(folder / name / "training_log.jsonl", [])
         config = read_optional(folder / name / "config.json", {})
-        make = partial(Arm, name, look=looks(list(runs))[name], config=config)
-        for key in (title for title in info if READ_OUT not in title):
-            layer = [r for r in records if key.endswith(f" layer {r['layer']}")]
-            readouts = {
-                title.removeprefix(key + READ_OUT): make(key, entry, records=[], readouts={})
-                for title, entry in info.items()
-                if title.startswith(key + READ_OUT)
-            }
-            arm = make(key, info[key], records=layer, readouts=readouts)
-            groups.setdefault(key, []).append(arm)
+        arms, look = {}, look_of[name]
+        for title in sorted(info, key=natural):  # a read-out check stands behind its run
+            key, _, alpha = title.partition(READ_OUT)
+            entry = {part: {} for part in parts} | info[title]
+            if not alpha:
+                layer = [r for r in records if key.endswith(f" layer {r['layer']}")]
+                arms[key] = Arm(name, labels.get(name, name), key, entry, look, layer, config)
+                groups.setdefault(key, []).append(arms[key])
+            elif key in arms:
+                opened = look | {"markerfacecolor": "white"}
+                readout = Arm(name, f"read as α = {alpha}", key, entry, opened)
+                arms[key].readouts.append(readout)
     order = sorted(groups, key=lambda key: (not any(a.records for a in groups[key]), natural(key)))
     return {key: groups[key] for key in order}
+
+
+def with_readouts(arms: list[Arm]) -> list[Arm]:
+    """The runs with a read-out check, each followed by its read-outs."""
+    return [scored for arm in arms if arm.readouts for scored in (arm, *arm.readouts)]
 
 
 def find(arms: list[Arm], name: str) -> Arm | None:
@@ -238,17 +244,18 @@ def paired(arm: Arm, other: Arm, metric: str) -> Value:
     Seed s starts from the same weights and sees the same batches in every run, so what the seeds
     differ by drops out.
     """
+    if metric.endswith(BETWEEN_SEEDS):
+        return arm.value(metric)[0] - other.value(metric)[0], math.nan
     a, b = arm.seeds(metric), other.seeds(metric)
     n = min(len(a), len(b))
-    mean, error = mean_and_error(a[:n] - b[:n])
-    return mean, math.nan if metric.endswith(BETWEEN_SEEDS) else error
+    return mean_and_error(a[:n] - b[:n])
 
 
 def task_differences(arm: Arm, control: Arm) -> dict[str, np.ndarray]:
-    """Top-1 probing accuracy, per task that both have: seed s of `arm` minus seed s of `control`."""
-    a, b = (x.get("per_task", "probing_top_1") for x in (arm, control))
-    n = {task: min(len(a[task]), len(b[task])) for task in a if task in b}
-    return {t: np.array(a[t][:k], float) - np.array(b[t][:k], float) for t, k in n.items() if k}
+    """Top-1 probing accuracy by task that both have: seed s of `arm` minus seed s of `control`."""
+    a, b = arm.tasks(), control.tasks()
+    n = min((min(len(a[task]), len(b[task])) for task in a if task in b), default=0)
+    return {t: np.array(a[t][:n], float) - np.array(b[t][:n], float) for t in a if t in b and n}
 
 
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -275,8 +282,10 @@ plt.rcParams |= {
 
 
 def short(text: str, width: int = 26) -> str:
-    """A name that fits beside a plot; a dollar sign must not start a formula."""
-    return (text if len(text) <= width else text[: width - 1] + "…").replace("$", r"\$")
+    """A name that fits beside a plot, its ends kept; a dollar sign must not start a formula."""
+    half = width // 2
+    text = text if len(text) <= width else f"{text[: half - 1]}…{text[-half:]}"
+    return text.replace("$", r"\$")
 
 
 def stack(title: str, arms: list[Arm], heights: list[float], legend: bool = True):
@@ -295,14 +304,14 @@ def say(ax, text: str = "no value in any run") -> None:
     ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color="0.4")
 
 
-def curves(ax, arms: list[Arm], name: str, title: str, log: bool = False) -> None:
+def curves(ax, arms: list[Arm], name: str, title: str, log: bool = False, **style) -> None:
     """Mean over seeds with a band of ± one standard error, against the training step."""
     for i, arm in enumerate(arms):
         steps, mean, error = arm.series(name)
         if len(steps):
             every = max(1, len(steps) // 6)
             marks = {"markevery": (i * every // len(arms), every), "markersize": 3.5}
-            ax.plot(steps, mean, **arm.look | marks, lw=0.6 if name == "loss" else 1.1)
+            ax.plot(steps, mean, **arm.look | marks | style)
             # Bands as pixels: their thousands of corners would make up most of an SVG.
             band = {"color": arm.look["color"], "alpha": 0.2, "lw": 0, "rasterized": True}
             ax.fill_between(steps, mean - error, mean + error, **band)
@@ -311,34 +320,39 @@ def curves(ax, arms: list[Arm], name: str, title: str, log: bool = False) -> Non
     elif log:
         ax.set_yscale("log")
         low, high = ax.get_ylim()
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if high < 30 * low else (1,)))
+        wide = high > 10 * low
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(5))
         ax.yaxis.set_major_formatter(ScalarFormatter())
         ax.yaxis.set_minor_locator(NullLocator())
     ax.set(title=title, xlabel="training step")
 
 
-def rows(ax, names: list[str], values: list[Value], looks: list[dict], title: str) -> None:
-    """A row per name, from the top: mean ± one standard error; a missing value leaves it empty."""
-    for y, ((mean, error), look) in enumerate(zip(values, looks, strict=True)):
-        ax.errorbar(mean, y, xerr=error, **look)
-    ax.set_yticks(range(len(names)), map(short, names))
-    ax.set(title=title, ylim=(len(names) - 0.5, -0.5))
-    ax.xaxis.set_major_locator(MaxNLocator(2))
+def rows(ax, arms: list[Arm], values: list[Value], title: str, ticks: int = 2) -> None:
+    """A row per run, from the top: mean ± one standard error; a missing value leaves it empty."""
+    for y, (arm, (mean, error)) in enumerate(zip(arms, values, strict=True)):
+        ax.errorbar(mean, y, xerr=error, **arm.look)
+    ax.set_yticks(range(len(arms)), [short(arm.label) for arm in arms])
+    ax.set(title=title, ylim=(len(arms) - 0.5, -0.5))
+    ax.xaxis.set_major_locator(MaxNLocator(ticks))
     if not np.isfinite([mean for mean, _ in values]).any():
         say(ax, "no value")
 
 
-def run_rows(ax, arms: list[Arm], values: list[Value], title: str) -> None:
-    rows(ax, [arm.label for arm in arms], values, [arm.look for arm in arms], title)
-
-
 def training_curves(arms: list[Arm]):
-    """Raw loss, and how steady it was over the last 80% of steps."""
+    """Raw loss around its running median over 51 steps, and how steady its last 80% were."""
     figure, (top, bottom) = stack("Training", arms, [2.4, 0.55 + 0.16 * len(arms)], legend=False)
-    curves(top.subplots(), arms, "loss", "raw loss (log scale)", log=True)
+    ax = top.subplots()
+    raw = {"linewidth": 0.4, "linestyle": "-", "alpha": 0.4, "marker": ""}
+    curves(ax, arms, "loss", "raw loss, bold: its running median (log scale)", log=True, **raw)
+    for i, arm in enumerate(arms):
+        steps, loss, _ = arm.series("loss")
+        if len(steps) > 51:
+            median = np.median(sliding_window_view(loss, 51), -1)
+            ax.plot(steps[25:-25], median, **arm.look, markevery=(0.015 * i, 0.15))
     axes = bottom.subplots(1, 3, sharey=True)
     for ax, metric in zip(axes, ("loss_roughness", "loss_spikes", "grad_norm_cv"), strict=True):
-        run_rows(ax, arms, [arm.value(metric) for arm in arms], heading(metric))
+        rows(ax, arms, [arm.value(metric) for arm in arms], heading(metric))
+    axes[1].xaxis.set_major_locator(MaxNLocator(2, integer=True))
     return figure
 
 
@@ -359,7 +373,7 @@ def schedules(arms: list[Arm]):
 
 
 def online_absorption(arms: list[Arm]):
-    """Absorption of the live weights during training, on the words SAE-Bench trains its probe on."""
+    """Absorption of the live weights in training, on the words SAE-Bench trains its probe on."""
     figure, (upper, lower, _) = stack("Online absorption", arms, [1.9, 1.9])
     curves(upper.subplots(), arms, "online_absorption", "absorption fraction ↓")
     curves(lower.subplots(), arms, "online_full_absorption", "full absorption ↓")
@@ -370,10 +384,10 @@ def absorption_letters(arms: list[Arm]):
     """Full absorption by first letter, mean over seeds.  Hatched: the letter was not scored."""
     figure, (band,) = stack("Absorption", arms, [0.95 + 0.17 * len(arms)], legend=False)
     left, right = band.subplots(1, 2, sharey=True, width_ratios=(2.5, 1))
-    run_rows(right, arms, [arm.value("absorption_full") for arm in arms], "mean ↓")
+    rows(right, arms, [arm.value("absorption_full") for arm in arms], "mean ↓")
     left.set_title("full absorption by letter ↓")
     left.grid(False)
-    rates = [arm.get("per_letter", "absorption_full") for arm in arms]
+    rates = [arm.entry["per_letter"].get("absorption_full", {}) for arm in arms]
     letters = sorted({letter for rate in rates for letter in rate})
     if not letters:
         say(left)
@@ -394,7 +408,7 @@ def probing(arms: list[Arm]):
     """Sparse probing.  Bottom: a tick is a task; the error of the tasks' mean is over seeds."""
     control = find(arms, CONTROL)
     others = [arm for arm in arms if control and arm is not control]
-    tasks = sorted({task for arm in arms for task in arm.get("per_task", "probing_top_1")})
+    tasks = sorted({task for arm in arms for task in arm.tasks()})
     heights = [2.1, 0.5 + 0.42 * max(1, len(tasks)), 0.55 + 0.16 * max(2, len(others))]
     figure, (upper, middle, lower, _) = stack("Sparse probing", arms, heights)
     accuracy_by_k(upper.subplots(), arms)
@@ -405,7 +419,7 @@ def probing(arms: list[Arm]):
         ax.set(title=title, xticks=[], yticks=[])
         return figure
     found = [list(task_differences(arm, control).values()) for arm in others]
-    run_rows(ax, others, [mean_and_error(np.mean(d, 0) if d else []) for d in found], title)
+    rows(ax, others, [mean_and_error(np.mean(d, 0) if d else []) for d in found], title, 5)
     for y, (arm, difference) in enumerate(zip(others, found, strict=True)):
         ticks = np.mean(difference, 1) if difference else []
         ax.plot(ticks, [y] * len(ticks), "|", color=arm.look["color"], markersize=7, alpha=0.6)
@@ -415,7 +429,7 @@ def probing(arms: list[Arm]):
 
 def accuracy_by_k(ax, arms: list[Arm]) -> None:
     channels = [arms[0].value(f"lm_top_{k}")[0] for k in KS]
-    ax.plot(KS, channels, color="0.6", lw=3, zorder=1, label="the model's own channels")
+    ax.plot(KS, channels, color="0.75", lw=3, zorder=1, label="the model's own channels")
     for arm in arms:
         means, errors = zip(*(arm.value(f"probing_top_{k}") for k in KS), strict=True)
         ax.errorbar(KS, means, yerr=errors, **arm.look)
@@ -428,10 +442,9 @@ def accuracy_by_k(ax, arms: list[Arm]) -> None:
 
 def accuracy_by_task(ax, arms: list[Arm], tasks: list[str]) -> None:
     for i, arm in enumerate(arms):
-        found = arm.get("per_task", "probing_top_1")
         offset = 0.76 * ((i + 0.5) / len(arms) - 0.5)
         for y, task in enumerate(tasks):
-            mean, error = mean_and_error(found.get(task, []))
+            mean, error = mean_and_error(arm.tasks().get(task, []))
             ax.errorbar(mean, y + offset, xerr=error, **arm.look | {"markersize": 3.5})
     ax.set_yticks(range(len(tasks)), [short(task.rsplit("/", 1)[-1], 18) for task in tasks])
     ax.set_yticks(np.arange(1, len(tasks)) - 0.5, minor=True)
@@ -466,38 +479,18 @@ def tradeoff(arms: list[Arm]):
 
 def readout(arms: list[Arm]):
     """The same SAEs probed with another alpha (open) than the one they were trained to (filled)."""
-    scored = read_outs(arms)
-    if not scored:
+    if not (scored := with_readouts(arms)):
         return None
-    arms = [arm for arm in arms if arm.readouts]
-    figure, (band, _) = stack("Read-out check", arms, [0.55 + 0.17 * len(scored)])
+    figure, (band,) = stack("Read-out check", scored, [0.55 + 0.17 * len(scored)], legend=False)
     axes = band.subplots(1, 2, sharey=True)
     for ax, metric in zip(axes, ("probing_top_1", "probing_top_5"), strict=True):
-        names, values = [how for how, _ in scored], [found.value(metric) for _, found in scored]
-        opened = [{} if found in arms else {"markerfacecolor": "white"} for _, found in scored]
-        looks = [found.look | o for (_, found), o in zip(scored, opened, strict=True)]
-        rows(ax, names, values, looks, heading(metric))
+        rows(ax, scored, [arm.value(metric) for arm in scored], heading(metric), 3)
     return figure
-
-
-def read_outs(arms: list[Arm]) -> list[tuple[str, Arm]]:
-    """The runs with a read-out check, as trained and then with each alpha they were read with."""
-    found = []
-    for arm in arms:
-        if arm.readouts:
-            alphas = sorted(arm.readouts.items(), key=lambda item: natural(item[0]))
-            found += [("as trained", arm), *((f"read as α = {a}", s) for a, s in alphas)]
-    return found
 
 
 FIGURES = (training_curves, schedules, online_absorption, absorption_letters)
 FIGURES += (probing, tradeoff, readout)
-
-
-class Figure(NamedTuple):
-    name: str
-    caption: str
-    svg: bytes
+Figure = tuple[str, str, bytes]  # name, caption and SVG
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -507,11 +500,22 @@ def write_atomically(path: Path, content: bytes) -> None:
     partial_path.replace(path)
 
 
+def lay_out(figure) -> None:
+    """Lay out once and round: the layout's last digits change from one drawing to the next."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for band in figure.subfigs:
+        band.bbox_relative.set_points(band.bbox_relative.get_points().round(5))
+    for ax in figure.axes:
+        ax.set_position(np.round(ax.get_position().bounds, 5))
+
+
 def draw(arms: list[Arm], folder: Path, suffix: str) -> list[Figure]:
     """Write every figure of one scale and layer, as PNG and SVG."""
     drawn = []
     for function in FIGURES:
         if figure := function(arms):
+            lay_out(figure)
             name, images = function.__name__ + suffix, {}
             for kind, metadata in (("png", {}), ("svg", {"Date": None})):
                 buffer = io.BytesIO()
@@ -519,7 +523,7 @@ def draw(arms: list[Arm], folder: Path, suffix: str) -> list[Figure]:
                 images[kind] = buffer.getvalue()
                 write_atomically(folder / f"{name}.{kind}", images[kind])
             plt.close(figure)
-            drawn.append(Figure(name, function.__doc__, images["svg"]))
+            drawn.append((name, function.__doc__, images["svg"]))
     return drawn
 
 
@@ -566,8 +570,8 @@ def runs_table(arms: list[Arm]) -> Table:
     lines, notes = [["", "what it tries", "seeds", "steps"]], []
     first = next((arm for arm in arms if arm.config.get("scale")), None)
     for arm in arms:
-        seeds = max(map(len, arm.get("final_info_dict").values()), default="–")
-        steps = arm.config.get("total_steps", arm.get("means").get("training_steps", "–"))
+        seeds = max(map(len, arm.entry["final_info_dict"].values()), default="–")
+        steps = arm.config.get("total_steps", arm.entry["means"].get("training_steps", "–"))
         title = arm.config.get("run", {}).get("title", "–")
         lines.append([arm.row, title, str(seeds), str(steps)])
         if scale := arm.config.get("scale"):
@@ -576,7 +580,7 @@ def runs_table(arms: list[Arm]) -> Table:
             if names:
                 which = f"{', '.join(names)} than {first.name}"
                 notes.append(f"NOT COMPARABLE: {arm.name} ran with another {which}.")
-        for about, note in arm.get("notes").items():
+        for about, note in arm.entry["notes"].items():
             notes += [f"{arm.name}, {about}: {note}"] if isinstance(note, str) else []
     return Table("Runs", "  ".join(notes), lines)
 
@@ -592,7 +596,7 @@ def task_table(arms: list[Arm], control: Arm) -> Table:
         values = [mean_and_error(known)[0], sd, *(means.get(task, math.nan) for task in tasks)]
         lines.append([arm.row, *(shown((value, math.nan), "+") for value in values)])
     note = "Paired by seed, then the mean over seeds; mean and sd are over tasks."
-    return Table(f"Top-1 probing less {CONTROL}'s, by task", note, lines)
+    return Table(f"Differences to {CONTROL}: top-1 probing by task", note, lines)
 
 
 def rank_correlation(pairs: list[Value]) -> float | None:
@@ -610,9 +614,7 @@ def online_table(arms: list[Arm]) -> Table:
         found = rank_correlation(pairs)
         title = METRICS[f"absorption_{kind}"][0]
         lines.append([title, str(len(pairs)), "null" if found is None else f"{found:.2f}"])
-    note = (
-        "Over runs: the last value measured in training against SAE-Bench's.  null: under 3 runs."
-    )
+    note = "The last value of training against SAE-Bench's, over runs.  null: fewer than three."
     return Table("Does online absorption foretell SAE-Bench's?", note, lines)
 
 
@@ -636,21 +638,23 @@ def comparison(arms: list[Arm], baseline_key: str | None) -> list[Table]:
     tables += metric_tables("Results", "", [*values, ("model's channels", channels)], ("probing",))
     if not trained:
         return tables
-    title, note = f"Less {CONTROL}", "Paired: seed s has the same start and batches in every run."
+    title = f"Differences to {CONTROL}"
     if control and others:
+        note = "Paired: seed s has the same start and the same batches in every run."
         pairs = [(arm.row, partial(paired, arm, control)) for arm in others]
-        tables += metric_tables(title, note, pairs, sign="+") + [task_table(others, control)]
+        tables += metric_tables(title, note, pairs, sign="+")
+        tables.append(task_table(others, control))
     elif others:
         tables.append(Table(title, f"None: {CONTROL} is missing.", []))
-    title, note = f"Less {BASELINE}", "Not paired: the baseline is one SAE, the error the run's."
+    title = f"Differences to {BASELINE}"
     if baseline:
+        note = f"Not paired: {BASELINE} is a single SAE, and the error is that of the run."
         pairs = [(arm.row, partial(less_baseline, arm)) for arm in trained]
         tables += metric_tables(title, note, pairs, sign="+")
     elif baseline_key:
         note = f"None: {BASELINE} is of another scale ({baseline_key}) and cannot be compared."
         tables.append(Table(title, note, []))
-    swapped = [(f"{found.row}, {how}", found.value) for how, found in read_outs(arms)]
-    if swapped:
+    if swapped := [(arm.row, arm.value) for arm in with_readouts(arms)]:
         note = "The same SAEs, probed with another alpha than they were trained to."
         tables += metric_tables("Read-out check", note, swapped, ("probing",))
     return [*tables, online_table(trained)]
@@ -660,7 +664,7 @@ def definitions() -> Table:
     lines = [["", "better", "what it is"]]
     for group, metrics in GROUPS.items():
         lines += [[f"{group}: {t}", arrow or "–", what] for t, arrow, what in metrics.values()]
-    note = "Roughness, spikes and grad CV are of the last 80% of steps."
+    note = "Roughness, spikes and grad CV: of the last 80% of steps.  Probing: mean over tasks."
     return Table("Metrics", note, lines)
 
 
@@ -703,21 +707,20 @@ def tag(name: str, content: str, attributes: str = "") -> str:
 
 
 def as_html(table: Table) -> str:
-    cells = [
-        [tag("td" if i else "th", html.escape(cell)) for cell in line]
-        for i, line in enumerate(table.lines)
-    ]
-    body = "".join(tag("tr", "".join(line)) for line in cells)
+    body = ""
+    for i, line in enumerate(table.lines):
+        cells = [tag("td" if i else "th", html.escape(cell)) for cell in line]
+        body += tag("tr", "".join(cells))
     parts = tag("h3", html.escape(table.heading)), tag("p", html.escape(table.note))
     return "".join(parts) + tag("div", tag("table", body), ' class="wide"')
 
 
 def figure_html(figure: Figure) -> str:
     """An image: as inline SVG the element ids of one figure would clash with the next one's."""
-    name, caption = html.escape(figure.name), html.escape(figure.caption)
-    source = "data:image/svg+xml;base64," + base64.b64encode(figure.svg).decode()
-    image = f'<img src="{source}" alt="{name}: {caption}">'
-    return tag("figure", image + tag("figcaption", caption), f' id="{name}"')
+    name, caption, svg = figure
+    source = "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+    image = f'<img src="{source}" alt="{html.escape(caption)}">'
+    return tag("figure", image + tag("figcaption", html.escape(caption)), f' id="{name}"')
 
 
 def configuration_html(arm: Arm) -> str:

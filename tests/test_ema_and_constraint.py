@@ -1,0 +1,531 @@
+"""The weight average, the sparsity controller, the adaptive pace, absorption measured online."""
+
+import math
+import random
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import experiment
+
+
+def randn(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ── Weight average ──────────────────────────────────────────────────────────────────────────────
+
+
+def averaged(decays: list[list[float]], start_seed: int = 0) -> tuple[list, torch.Tensor]:
+    """A WeightAverage over made-up weights [S, 3, 2] and [S, 4]: (its averages, the weights)."""
+    S = len(decays[0])
+    first = torch.nn.Parameter(randn(S, 3, 2, seed=start_seed))
+    second = torch.nn.Parameter(randn(S, 4, seed=start_seed + 1))
+    average = experiment.WeightAverage([first, second])
+    weights = randn(len(decays), S, 10, seed=99)
+    for decay, w in zip(decays, weights, strict=True):
+        with torch.no_grad():
+            first.copy_(w[:, :6].reshape(S, 3, 2))
+            second.copy_(w[:, 6:])
+        average.update_(torch.tensor(decay))
+    return average.average, weights
+
+
+def check_average(decays: list[list[float]], expected: torch.Tensor) -> None:
+    """`expected` [S, 10]: what averaged(decays) must come to, whatever the average started from."""
+    for start_seed in (0, 50):
+        first, second = averaged(decays, start_seed)[0]
+        torch.testing.assert_close(first.flatten(1), expected[:, :6].float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(second, expected[:, 6:].float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("decay", [0.1, 0.5, 0.9, 0.999])
+def test_a_constant_decay_gives_the_textbook_bias_corrected_average(decay):
+    decays = [[decay]] * 40
+    m = torch.zeros(1, 10, dtype=torch.float64)
+    for w in averaged(decays)[1].double():
+        m = decay * m + (1 - decay) * w
+    check_average(decays, m / (1 - decay**40))
+
+
+def test_a_decay_of_1_is_the_plain_mean_and_not_frozen_at_its_start():
+    decays = [[1.0, 1.0]] * 25
+    check_average(decays, averaged(decays)[1].double().mean(0))
+
+
+def test_a_decay_of_0_is_the_current_weights():
+    decays = [[1.0], [0.9], [0.9], [0.0]]
+    (first, _), weights = averaged(decays)
+    assert torch.equal(first.flatten(1), weights[-1][:, :6])
+
+
+def test_changing_decays_give_the_weighted_sum_they_stand_for_in_each_seed():
+    r = random.Random(0)
+    decays = [[r.random(), r.random() ** 0.1, 1.0] for _ in range(30)]
+    d, w = torch.tensor(decays, dtype=torch.float64), averaged(decays)[1].double()
+    # Step t enters with weight 1 and is multiplied by the decay of every later step.
+    weight = torch.stack([d[t + 1 :].prod(0) for t in range(30)])[..., None]
+    check_average(decays, (weight * w).sum(0) / weight.sum(0))
+
+
+def test_the_first_update_is_the_weights_whatever_the_decay():
+    for decay in (0.0, 0.3, 1.0):
+        check_average([[decay]], averaged([[decay]])[1][0].double())
+
+
+def test_updating_the_average_leaves_the_weights_and_the_graph_alone():
+    p = torch.nn.Parameter(torch.ones(1, 2))
+    average = experiment.WeightAverage([p])
+    average.update_(torch.tensor([0.5]))
+    assert torch.equal(p, torch.ones(1, 2))
+    assert not average.average[0].requires_grad
+    with torch.no_grad():
+        p.add_(1)
+    assert torch.equal(average.average[0], torch.ones(1, 2)), "it shares no memory"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_average_is_swapped_in_and_the_weights_come_back_even_after_an_error(fails):
+    p = torch.nn.Parameter(torch.tensor([[1.0, 2.0]]))
+    average = experiment.WeightAverage([p])
+    average.update_(torch.tensor([1.0]))
+    with torch.no_grad():
+        p.copy_(torch.tensor([[3.0, 6.0]]))
+    average.update_(torch.tensor([1.0]))
+    with torch.no_grad():
+        p.copy_(torch.tensor([[7.0, 8.0]]))
+    try:
+        with average.applied():
+            assert p.tolist() == [[2.0, 4.0]]
+            if fails:
+                raise KeyError("inside")
+    except KeyError:
+        assert fails
+    assert p.tolist() == [[7.0, 8.0]]
+    assert average.average[0].tolist() == [[2.0, 4.0]]
+    assert p.requires_grad
+
+
+def test_the_decay_follows_alpha_over_the_horizon():
+    assert experiment.ema_decay_at(0.3, 1.0) == pytest.approx(0.3), "one step: alpha itself"
+    assert experiment.ema_decay_at(0.25, 2.0) == pytest.approx(0.5)
+    assert experiment.ema_decay_at(0.1, 10.0) == pytest.approx(0.7943282)
+    assert experiment.ema_decay_at(0.0, 8.0) == 0.0
+    assert experiment.ema_decay_at(1.0, 8.0) == 1.0
+    tensor = experiment.ema_decay_at(torch.tensor([0.25, 1.0]), 2.0)
+    torch.testing.assert_close(tensor, torch.tensor([0.5, 1.0]))
+
+
+# ── Sparsity controller ─────────────────────────────────────────────────────────────────────────
+
+
+def one_lambda(lam: float, l0: float, target: float) -> float:
+    values = (torch.tensor([v]) for v in (lam, l0, target))
+    return experiment.next_lambda(*values).item()
+
+
+def test_lambda_rises_when_too_many_latents_fire_falls_when_too_few_and_rests_on_target():
+    assert one_lambda(0.04, 72, 36) == pytest.approx(0.04 * 2**0.05, rel=1e-5)
+    assert one_lambda(0.04, 18, 36) == pytest.approx(0.04 * 2**-0.05, rel=1e-5)
+    assert one_lambda(0.04, 36, 36) == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize("l0", [0.0, 1e-9, 1.0, 36.0, 100.0, 2304.0, 1e9])
+def test_lambda_moves_by_at_most_a_factor_e_to_the_0_05_a_step(l0):
+    moved = abs(math.log(one_lambda(0.04, l0, 36) / 0.04))
+    assert moved <= 0.05 + 1e-6
+    if l0 in (0.0, 1.0, 2304.0, 1e9):
+        assert moved == pytest.approx(0.05, rel=1e-4), "far off it moves as fast as it may"
+
+
+def test_lambda_stays_between_its_bounds():
+    assert one_lambda(1e-6, 0.0, 36) == pytest.approx(1e-6)
+    assert one_lambda(1e3, 2304, 36) == pytest.approx(1e3)
+
+
+def test_each_seed_has_its_own_lambda():
+    lambdas, l0 = torch.tensor([0.04, 0.04, 0.1]), torch.tensor([36.0, 72.0, 36.0])
+    found = experiment.next_lambda(lambdas, l0, torch.tensor([36.0, 36.0, 18.0]))
+    factor = 2**0.05
+    torch.testing.assert_close(found, torch.tensor([0.04, 0.04 * factor, 0.1 * factor]))
+
+
+def simulated_l0(power: float, lag: float, steps: int = 800) -> list[float]:
+    """L0 under the controller: its logarithm follows -power log(lambda), `lag` steps behind.
+
+    The target tightens from 1152 to 36 in the first 30% of the steps, as it does in training.
+    """
+    scale = experiment.Scale(
+        "plant", "none", "none", (0,), steps, 1, target_l0=36.0, initial_l0=1152.0,
+        tightening_fraction=0.3,
+    )  # fmt: skip
+    trainer = SimpleNamespace(lambda_S=torch.tensor([0.04]), smoothed_l0_S=None)
+    log_l0, found = math.log(1152), []
+    for step in range(steps):
+        goal = math.log(1152) - power * math.log(trainer.lambda_S.item() / 0.04)
+        log_l0 = min(log_l0 + (goal - log_l0) / lag, math.log(2304))
+        found.append(math.exp(log_l0))
+        target = experiment.l0_target_at(scale, step / (steps - 1))
+        experiment.Trainer.control_sparsity(
+            trainer, torch.tensor([found[-1]]), torch.tensor([target])
+        )
+    return found
+
+
+@pytest.mark.parametrize("power", [0.7, 1.0, 1.5])
+@pytest.mark.parametrize("lag", [1.0, 10.0, 20.0])
+def test_l0_is_tightened_from_1152_to_36_without_falling_below_half_of_it(power, lag):
+    found = simulated_l0(power, lag)
+    assert found[0] > 1000
+    assert min(found) > 18
+    assert all(abs(l0 / 36 - 1) < 0.1 for l0 in found[-50:])
+
+
+# ── Adaptive pace ───────────────────────────────────────────────────────────────────────────────
+
+
+def pace(absorption: float, best: float, before: float, tolerance: float = 0.02) -> float:
+    return experiment.adaptive_rate(absorption, best, before, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("above_best", "rate"),
+    [(0.0, 2.0), (0.01, 1.5), (0.02, 1.0), (0.03, 0.5), (0.04, 0.0), (0.5, 0.0)],
+)
+def test_the_pace_settles_where_absorption_says(above_best, rate):
+    found = 1.0
+    for _ in range(4):
+        found = pace(0.3 + above_best, 0.3, found)
+    assert found == pytest.approx(rate, abs=1e-9)
+
+
+@pytest.mark.parametrize("tolerance", [0.02, 0.15])
+def test_the_pace_stalls_two_tolerances_above_the_best_and_doubles_at_it(tolerance):
+    assert pace(0.3 + 2 * tolerance, 0.3, 0.4, tolerance) == pytest.approx(0.0)
+    assert pace(0.3 + tolerance, 0.3, 0.9, tolerance) == pytest.approx(1.0)
+    assert pace(0.3, 0.3, 1.6, tolerance) == pytest.approx(2.0)
+
+
+def test_the_pace_never_rises_with_absorption():
+    for before in (0.0, 0.7, 1.0, 2.0):
+        rates = [pace(0.2 + i / 1000, 0.2, before) for i in range(100)]
+        assert all(a >= b for a, b in pairwise(rates))
+        assert rates[0] > rates[-1]
+
+
+def test_the_pace_changes_by_at_most_a_half_at_a_time():
+    assert pace(0.9, 0.3, 2.0) == pytest.approx(1.5)
+    assert pace(0.3, 0.3, 0.0) == pytest.approx(0.5)
+
+
+def test_the_pace_is_never_negative_and_never_above_2_whatever_is_measured():
+    r, rate, best = random.Random(0), 1.0, math.inf
+    for _ in range(2000):
+        absorption = r.random()
+        best = experiment.recent_best(best, absorption)
+        before, rate = rate, experiment.adaptive_rate(absorption, best, rate)
+        assert 0 <= rate <= 2
+        assert abs(rate - before) <= 0.5
+
+
+def test_the_recent_best_falls_at_once_and_gives_way_to_a_rise_by_its_leak():
+    assert experiment.recent_best(math.inf, 0.4) == 0.4, "the first measurement"
+    assert experiment.recent_best(0.3, 0.1, leak=0.5) == pytest.approx(0.1)
+    assert experiment.recent_best(0.2, 0.4, leak=0.5) == pytest.approx(0.3)
+    assert experiment.recent_best(0.2, 0.4, leak=0.25) == pytest.approx(0.25)
+    assert experiment.recent_best(0.2, 0.4, leak=0.0) == pytest.approx(0.2), "never forgets"
+
+
+def test_a_level_of_absorption_is_forgotten_and_a_rise_is_not():
+    """The pace answers to rises: an untrained SAE absorbs nothing, and that 0 must not bind."""
+    r, best = random.Random(0), math.inf
+    for _ in range(500):
+        absorption = r.random()
+        best = experiment.recent_best(best, absorption)
+        assert best <= absorption, "it is a best"
+    best, rate, rates = 0.0, 1.0, []
+    for absorption in [0.0, *[0.6] * 12]:
+        best = experiment.recent_best(best, absorption)
+        rate = experiment.adaptive_rate(absorption, best, rate)
+        rates.append(rate)
+    assert min(rates) < 0.6, "it braked at the rise"
+    assert rates[-1] == pytest.approx(2.0, abs=0.1), "and let go of the level"
+
+
+def test_paced_progress_has_the_values_worked_out_by_hand():
+    assert experiment.paced_progress(0.2, 1.5, 0.3, 0.1) == pytest.approx(0.35)
+    assert experiment.paced_progress(0.2, 0.0, 0.3, 0.1) == pytest.approx(0.2), "stalled"
+    assert experiment.paced_progress(0.2, 0.0, 0.8, 0.1) == pytest.approx(0.6), "on the floor"
+    assert experiment.paced_progress(0.95, 2.0, 0.6, 0.1) == 1.0, "clamped"
+
+
+PATTERNS = {
+    "any": lambda r, step: r.random(),
+    "always at its best": lambda r, step: -float(step),
+    "ever worse": lambda r, step: float(step),
+    "good, then bad": lambda r, step: float(step > 50),
+    "bad from the second measurement on": lambda r, step: float(step > 0),
+    "small changes": lambda r, step: 0.3 + 0.03 * r.random(),
+}
+
+
+@pytest.mark.parametrize("pattern", sorted(PATTERNS))
+@pytest.mark.parametrize("steps", [2, 3, 17, 200])
+def test_paced_progress_is_monotone_bounded_and_always_arrives(pattern, steps):
+    for seed in range(20):
+        r, done, rate, best = random.Random(seed), 0.0, 1.0, math.inf
+        for step in range(1, steps + 1):
+            progress, before = step / steps, done
+            done = experiment.paced_progress(done, rate, progress, 1 / steps)
+            assert done >= before, "monotone"
+            assert done <= min(1.0, 2 * progress + 1e-9), "at most twice the linear schedule"
+            assert done - before <= 2 / steps + 1e-9, "and never faster than that"
+            assert done >= 2 * progress - 1, "never so late that it could not arrive"
+            absorption = PATTERNS[pattern](r, step)
+            best = experiment.recent_best(best, absorption)
+            rate = experiment.adaptive_rate(absorption, best, rate)
+        assert done == pytest.approx(1.0)
+
+
+def test_good_measurements_arrive_early_and_bad_ones_late():
+    def halfway(absorption: float) -> float:
+        done, rate = 0.0, 1.0
+        for step in range(1, 51):
+            done = experiment.paced_progress(done, rate, step / 100, 0.01)
+            rate = pace(absorption, 0.0, rate, tolerance=0.02)
+        return done
+
+    assert halfway(1.0) < 0.05
+    assert halfway(0.02) == pytest.approx(0.5)
+    assert halfway(0.0) > 0.95
+
+
+# ── Absorption of words ─────────────────────────────────────────────────────────────────────────
+
+# Cosines of six latents with the probe; the first is the letter's main one unless a test says more.
+COSINES = [0.8, 0.6, 0.5, 0.05, -0.4, 0.02]
+
+
+def absorption(
+    acts: list[float], projection: float, main: tuple[int, ...] = (0,), cosines=COSINES
+) -> tuple[float, bool]:
+    """(fraction, full) of one word."""
+    is_main = torch.tensor([i in main for i in range(len(cosines))])
+    fraction, full = experiment.absorption_scores(
+        torch.tensor([acts]), torch.tensor([cosines]), is_main[None], torch.tensor([projection])
+    )
+    return fraction.item(), full.item()
+
+
+@pytest.mark.parametrize(
+    ("acts", "projection", "fraction", "full"),
+    [
+        # the main latent fires and carries 1.6 of 1.5
+        ([2, 0, 0, 0, 0, 0], 1.5, 0.0, False),
+        # the same, though another would carry enough: nothing is missing
+        ([2, 2, 0, 0, 0, 0], 1.5, 0.0, False),
+        # the main latent is silent, another carries 1.2 of 2
+        ([0, 2, 0, 0, 0, 0], 2.0, 1.0, True),
+        # it carries 0.8 of 2, two others 0.6 + 0.5: 1.1 / 1.9
+        ([1, 1, 1, 0, 0, 0], 2.0, 1.1 / 1.9, False),
+        # as before, but only 1.2 - 0.8 is missing: 0.4 / 1.2
+        ([1, 1, 1, 0, 0, 0], 1.2, 1 / 3, False),
+        # the others carry 0.3 of 1: too little
+        ([0, 0.5, 0, 0, 0, 0], 1.0, 0.0, False),
+        ([0.5, 0.5, 0, 0, 0, 0], 1.0, 0.0, False),
+        # nothing fires, or only a latent that points away
+        ([0, 0, 0, 0, 0, 0], 1.0, 0.0, False),
+        ([0, 0, 0, 0, 3, 0], 1.0, 0.0, False),
+        # no aligned absorber: cosine 0.05 counts for the full score (from 0.025), not the fraction
+        ([0, 0, 0, 10, 0, 0], 1.0, 0.0, True),
+        # cosine 0.02 counts for neither
+        ([0, 0, 0, 0, 0, 50], 1.0, 0.0, False),
+        # the largest projection is an unaligned latent's; an aligned one still carries 0.6 of 1
+        ([0, 1, 0, 0, 0, 50], 1.0, 1.0, False),
+        # the residual points away from the probe
+        ([0, 2, 0, 0, 0, 0], -1.0, 0.0, False),
+        ([1, 2, 0, 0, 0, 0], -1.0, 0.0, False),
+    ],
+)
+def test_absorption_of_a_word_worked_out_by_hand(acts, projection, fraction, full):
+    found = absorption([float(a) for a in acts], projection)
+    assert found == (pytest.approx(fraction, abs=1e-6), full)
+
+
+def test_only_the_three_strongest_absorbers_count():
+    cosines, acts = [0.8, *[0.5] * 4], [0.0, *[0.3] * 4]  # 0.15 each: 0.45, or 0.6 of all four
+    assert absorption(acts, 1.1, cosines=cosines) == (1.0, False)  # 0.45 / 1.1 = 0.409
+    assert absorption(acts, 1.2, cosines=cosines) == (0.0, False)  # 0.45 / 1.2 = 0.375
+
+
+def test_any_main_latent_that_fires_prevents_full_absorption():
+    assert absorption([0.0, 2, 0, 0, 0, 0], 2.0, main=(0, 2))[1]
+    assert not absorption([0.0, 2, 0.01, 0, 0, 0], 2.0, main=(0, 2))[1]
+
+
+def test_several_main_latents_carry_together():
+    # main: 0.8 + 0.5 = 1.3 of 2; the other 0.9 of 2, of which 0.7 is missing
+    fraction, full = absorption([1.0, 1.5, 1, 0, 0, 0], 2.0, main=(0, 2))
+    assert (fraction, full) == (pytest.approx(0.7 / 2.0), False)
+
+
+def test_main_latents_that_point_away_count_as_nothing_found():
+    # main: -0.4 of 1; the other 0.6
+    assert absorption([0.0, 1, 0, 0, 1, 0], 1.0, main=(4,)) == (1.0, False)
+
+
+def sae_bench_absorption(
+    x: torch.Tensor, probe: torch.Tensor, main: list[int], sae: SimpleNamespace
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same words through SAE-Bench's calculator: (fraction [N], full [N])."""
+    from sae_bench.evals.absorption.feature_absorption_calculator import FeatureAbsorptionCalculator
+
+    words = [f"a{'b' * i}" for i in range(len(x))]
+    given = dict(zip(words, x, strict=True))
+
+    class Model:
+        def to_tokens(self, text):
+            return torch.zeros(1, 3)
+
+        def run_with_cache(self, prompts, names_filter):
+            acts = torch.full((len(prompts), 3, x.shape[-1]), torch.nan)
+            acts[:, -2] = torch.stack([given[prompt.strip("\n:")] for prompt in prompts])
+            return None, {names_filter[0]: acts}
+
+    found = FeatureAbsorptionCalculator(Model(), icl_word_list=[]).calculate_absorption(
+        sae, words, probe, main, layer=0, show_progress=False
+    )
+    results = found.word_results
+    assert [result.word for result in results] == words
+    return (
+        torch.tensor([float(result.absorption_fraction) for result in results]),
+        torch.tensor([result.is_full_absorption for result in results]),
+    )
+
+
+def test_absorption_scores_equal_sae_benchs_own_calculator_on_every_branch():
+    D, F, N, letters = 8, 40, 150, 3
+    W_dec = torch.nn.functional.normalize(randn(F, D, seed=0), dim=-1)
+    W_enc, b_enc = W_dec.T + 0.1 * randn(D, F, seed=1), -0.6
+    sae = SimpleNamespace(
+        W_dec=W_dec, device="cpu", encode=lambda acts: (acts @ W_enc + b_enc).relu()
+    )
+    mains, parts = [[0], [1, 2], [3, 4, 5]], []
+    probes = torch.nn.functional.normalize(randn(letters, D, seed=2), dim=-1)
+    for i, main in enumerate(mains):
+        # Main latents are roughly the letter's: they explain some words and not others.
+        W_dec[main] = torch.nn.functional.normalize(
+            probes[i] + 0.25 * randn(len(main), D, seed=3 + i), dim=-1
+        )
+    W_enc[:, :6] = W_dec[:6].T
+    for i, main in enumerate(mains):
+        x = 0.8 * randn(N, D, seed=10 + i) + torch.linspace(-0.5, 2, N)[:, None] * probes[i]
+        x[::3] -= 0.9 * x[::3] @ W_dec[main[0]][:, None] * W_dec[main[0]]
+        cos = torch.nn.functional.cosine_similarity(probes[i], W_dec, dim=-1)
+        is_main = torch.zeros(F, dtype=torch.bool).index_fill(0, torch.tensor(main), True)
+        ours = experiment.absorption_scores(
+            sae.encode(x), cos.expand(N, F), is_main.expand(N, F), x @ probes[i]
+        )
+        parts.append((*ours, *sae_bench_absorption(x, 3 * probes[i], main, sae), x @ probes[i]))
+    fraction, full, expected, expected_full, projection = (
+        torch.cat(column) for column in zip(*parts, strict=True)
+    )
+    torch.testing.assert_close(fraction, expected, rtol=0, atol=1e-5)
+    assert torch.equal(full, expected_full)
+    branches = {
+        "not absorbed": (expected == 0).sum(),
+        "partly absorbed": ((expected > 0.01) & (expected < 0.99)).sum(),
+        "wholly absorbed": (expected == 1).sum(),
+        "fully absorbed": expected_full.sum(),
+        "wholly, by several latents": ((expected == 1) & ~expected_full).sum(),
+        "negative projection": (projection < 0).sum(),
+    }
+    assert all(count >= 10 for count in branches.values()), branches
+
+
+# ── Absorption of live SAEs ─────────────────────────────────────────────────────────────────────
+
+
+def probe(words: list[tuple[int, list[float]]]) -> dict[str, torch.Tensor]:
+    """A probe that knows letters 0 and 1 (axes 0 and 1) and letter 2 badly (axis 2)."""
+    weight, bias, f1 = torch.zeros(26, 4), torch.full((26,), -0.5), torch.zeros(26)
+    weight[0, 0], weight[1, 1], weight[2, 2] = 2.0, 5.0, 2.0
+    f1[:3] = torch.tensor([0.9, 0.61, 0.59])
+    X, y = torch.tensor([x for _, x in words]), torch.tensor([letter for letter, _ in words])
+    return {"weight": weight, "bias": bias, "f1": f1, "X": X, "y": y}
+
+
+FOUND = [(0, [1.0, 0.0, 0.0, 0.0])] * 3 + [(1, [0.0, 1.0, 0.0, 0.0])] * 2
+ABSORBED = (0, [1.0, 0.0, 3.0, 0.0])  # latent 2 fires in place of latent 0
+
+
+class LiveSAE:
+    """Two seeds of four latents.  Latent 0 is letter 0's but falls silent where latent 2 fires.
+
+    Latents are in training units: proportional to what is encoded.  Seed 1 never absorbs.
+    """
+
+    W_dec = torch.tensor(
+        [[[1.0, 0, 0, 0], [0, 1, 0, 0], [0.6, 0, 0.8, 0], [0, 0, 0, 1]]] * 2
+    )  # fmt: skip
+
+    def encode(self, x, alpha, dtype):
+        latents = torch.stack([x[:, 0] - x[:, 2], x[:, 1], x[:, 2], x[:, 3]], dim=-1)
+        honest = torch.stack([x[:, 0], x[:, 1], x[:, 2], x[:, 3]], dim=-1)
+        return torch.stack([latents, honest]).relu().to(dtype)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 20.0])
+def test_online_absorption_is_the_mean_over_letters_in_residual_stream_units(scale):
+    online = experiment.OnlineAbsorption(probe([*FOUND, ABSORBED]), n_words=100)
+    found = online.measure(LiveSAE(), 0.5, scale, torch.float32)
+    # Letter 0: latent 2 carries 1.8 of 1 in one of four words.  Letter 1: nothing is absorbed.
+    assert found == [(pytest.approx(0.125), pytest.approx(0.125)), (0.0, 0.0)]
+
+
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        (2, [1.0, 0.0, 3.0, 0.0]),  # its letter's probe has too low an F1
+        (0, [0.2, 0.0, 3.0, 0.0]),  # the probe misses it: 2 * 0.2 - 0.5 < 0
+        (1, [0.0, 0.09, 3.0, 0.0]),  # 5 * 0.09 - 0.5 < 0, although a good letter
+    ],
+)
+def test_online_absorption_leaves_out_words_that_the_probe_does_not_know(left_out):
+    online = experiment.OnlineAbsorption(probe([*FOUND, left_out, ABSORBED]), n_words=100)
+    assert len(online.y) == 6
+    assert set(online.y.tolist()) == {0, 1}
+    assert online.measure(LiveSAE(), 0.5, 1.0, torch.float32)[0][0] == pytest.approx(0.125)
+
+
+def test_online_absorption_takes_no_more_words_than_asked_for_and_fills_up_with_usable_ones():
+    words = [(2, [0.0, 0.0, 1.0, 0.0]), *FOUND, ABSORBED]
+    online = experiment.OnlineAbsorption(probe(words), n_words=5)
+    assert online.y.tolist() == [0, 0, 0, 1, 1]
+    assert online.measure(LiveSAE(), 0.5, 1.0, torch.float32)[0] == (0.0, 0.0)
+
+
+def test_online_absorption_takes_the_latent_with_the_best_f1_as_main_and_not_the_strongest():
+    """Latent 3 fires hard on every word, latent 0 only on its letter's: the letter's is latent 0.
+
+    Were latent 3 the main one, latent 0 would be taken for an absorber of every word of letter 0.
+    """
+    words = [(letter, [*x[:3], 9.0]) for letter, x in [*FOUND, (1, FOUND[-1][1]), ABSORBED]]
+    online = experiment.OnlineAbsorption(probe(words), n_words=100)
+    found = online.measure(LiveSAE(), 0.5, 1.0, torch.float32)
+    assert found[0] == (pytest.approx(0.125), pytest.approx(0.125))
+    assert found[1] == (0.0, 0.0)
+
+
+def test_online_absorption_changes_nothing_about_a_real_sae_and_keeps_seeds_apart():
+    sae = experiment.BlendedSAE([1, 2], 4, 12, 0.7, torch.zeros(4))
+    before = [p.detach().clone() for p in sae.parameters()]
+    online = experiment.OnlineAbsorption(probe([*FOUND, ABSORBED]), n_words=100)
+    both = online.measure(sae, torch.full((2, 1, 1), 0.5), 1.0, torch.float32)
+    for seed in (1, 2):
+        alone = experiment.BlendedSAE([seed], 4, 12, 0.7, torch.zeros(4))
+        assert online.measure(alone, 0.5, 1.0, torch.float32)[0] == pytest.approx(both[seed - 1])
+    for p, q in zip(sae.parameters(), before, strict=True):
+        assert torch.equal(p, q) and p.grad is None

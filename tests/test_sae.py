@@ -1,0 +1,392 @@
+"""BlendedSAE and its export: numbers worked out by hand, and a plain loop in float64 beside it."""
+
+import pytest
+import torch
+
+import experiment
+
+ALPHAS = [0.0, 0.1, 0.5, 0.9, 1.0]
+
+
+def randn(*shape: int, seed: int = 8) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def one_token() -> dict:
+    """x_c = (3, 4), so r = 5; columns (1, 0) and (0, 2), so c = (0.6, 0.8) and x_c . w = (3, 8)."""
+    return {
+        "x_c": torch.tensor([[[3.0, 4.0]]]),
+        "W_enc": torch.tensor([[[1.0, 0.0], [0.0, 2.0]]]),
+        "gate": torch.tensor([[2.0, 0.5]]),
+        "b_enc": torch.tensor([[0.1, -0.2]]),
+    }
+
+
+def random_parts(S=2, B=5, D=4, F=7, seed=0) -> dict:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "x_c": torch.randn(S, B, D, generator=g),
+        "W_enc": torch.randn(S, D, F, generator=g),
+        "gate": torch.rand(S, F, generator=g) + 0.5,
+        "b_enc": torch.randn(S, F, generator=g) * 0.3,
+    }
+
+
+def per_seed(value: float | torch.Tensor, seed: int) -> torch.Tensor:
+    """A float, or a tensor [S, 1, 1], as one seed sees it, in float64."""
+    return value[seed, 0, 0].double() if isinstance(value, torch.Tensor) else torch.tensor(value)
+
+
+def loop_pre_activations(x_c, W_enc, gate, b_enc, alpha, k=1.0, exponent=0.0) -> torch.Tensor:
+    """The equation of design.md, one latent of one token of one seed at a time, in float64."""
+    x_c, W_enc, gate, b_enc = (t.double() for t in (x_c, W_enc, gate, b_enc))
+    z = []
+    for s in range(len(x_c)):
+        a, k_s, e_s = (per_seed(value, s) for value in (alpha, k, exponent))
+        for x in x_c[s]:
+            for i in range(W_enc.shape[-1]):
+                w = W_enc[s, :, i]
+                r, linear = x.norm(), x @ w
+                cosine = linear / (r * w.norm())
+                score = (1 - a) * k_s * r**e_s * cosine + a * linear
+                z.append(gate[s, i] * score + b_enc[s, i])
+    return torch.stack(z).reshape(*x_c.shape[:2], W_enc.shape[-1])
+
+
+def random_sae(seeds=(1, 2), d_in=4, d_sae=7, learned=False, seed=0) -> experiment.BlendedSAE:
+    """An SAE in the middle of training: nothing is at its initial value."""
+    g = torch.Generator().manual_seed(seed)
+    sae = experiment.BlendedSAE(
+        seeds, d_in, d_sae, 0.7, torch.randn(d_in, generator=g), learned, mean_norm=0.8
+    )
+    with torch.no_grad():
+        for name, p in sae.named_parameters():
+            if learned or name not in ("log_k", "exponent"):
+                p.add_(0.3 * torch.randn(p.shape, generator=g))
+    return sae
+
+
+def set_by_hand(sae: experiment.BlendedSAE, **values) -> None:
+    with torch.no_grad():
+        for name, value in values.items():
+            getattr(sae, name).copy_(torch.tensor(value))
+
+
+# ── Pre-activations ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize(
+    ("alpha", "z"),
+    [
+        (0.0, [2 * 0.6 + 0.1, 0.5 * 0.8 - 0.2]),
+        (0.5, [2 * (0.5 * 0.6 + 0.5 * 3) + 0.1, 0.5 * (0.5 * 0.8 + 0.5 * 8) - 0.2]),
+        (1.0, [2 * 3 + 0.1, 0.5 * 8 - 0.2]),
+    ],
+)
+def test_pre_activations_have_the_values_worked_out_by_hand(alpha, z, as_tensor):
+    alpha = torch.full((1, 1, 1), alpha) if as_tensor else alpha
+    found = experiment.pre_activations(**one_token(), alpha=alpha)
+    assert found.flatten().tolist() == pytest.approx(z, abs=1e-5)
+
+
+def test_gain_and_exponent_scale_the_cosine_alone():
+    # k r^e = 3 sqrt(5) = 6.7082039
+    found = experiment.pre_activations(**one_token(), alpha=0.5, k=3.0, exponent=0.5)
+    by_hand = [2 * (0.5 * 6.7082039 * 0.6 + 1.5) + 0.1, 0.5 * (0.5 * 6.7082039 * 0.8 + 4) - 0.2]
+    assert found.flatten().tolist() == pytest.approx(by_hand, abs=1e-5)
+    linear = experiment.pre_activations(**one_token(), alpha=1.0)
+    same = experiment.pre_activations(**one_token(), alpha=1.0, k=3.0, exponent=0.5)
+    assert torch.equal(linear, same)
+
+
+@pytest.mark.parametrize("alpha", [*ALPHAS, torch.tensor([0.2, 0.8])[:, None, None]])
+@pytest.mark.parametrize(
+    ("k", "exponent"),
+    [
+        (1.0, 0.0),
+        (1.7, 0.6),
+        (torch.tensor([0.6, 1.3])[:, None, None], torch.tensor([-0.4, 0.9])[:, None, None]),
+    ],
+)
+def test_pre_activations_agree_with_a_plain_loop(alpha, k, exponent):
+    parts = random_parts()
+    found = experiment.pre_activations(**parts, alpha=alpha, k=k, exponent=exponent)
+    torch.testing.assert_close(
+        found.double(), loop_pre_activations(**parts, alpha=alpha, k=k, exponent=exponent),
+        rtol=1e-5, atol=1e-5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_alpha_only_decides_how_much_of_the_norm_gets_through(alpha):
+    """z = g c [(1 - alpha) k + alpha r ||w||] + b: the sign of a score never depends on alpha."""
+    parts, k = random_parts(seed=3), 1.4
+    x_c, W_enc = parts["x_c"].double(), parts["W_enc"].double()
+    r, w = x_c.norm(dim=-1, keepdim=True), W_enc.norm(dim=1, keepdim=True)
+    c = (x_c @ W_enc) / (r * w)
+    gate, b_enc = parts["gate"].double()[:, None], parts["b_enc"].double()[:, None]
+    identity = gate * c * ((1 - alpha) * k + alpha * r * w) + b_enc
+    found = experiment.pre_activations(**parts, alpha=alpha, k=k)
+    torch.testing.assert_close(found.double(), identity, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_leaving_out_the_idle_half_changes_nothing(alpha):
+    parts = random_parts(seed=4)
+    as_float = experiment.pre_activations(**parts, alpha=alpha)
+    as_tensor = experiment.pre_activations(**parts, alpha=torch.full((2, 1, 1), alpha))
+    torch.testing.assert_close(as_float, as_tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_the_cosine_ignores_the_length_of_tokens_and_of_columns_and_the_linear_score_does_not():
+    parts = random_parts(seed=5)
+    longer = parts | {"x_c": 7 * parts["x_c"], "W_enc": 3 * parts["W_enc"]}
+    score = {
+        (alpha, name): experiment.pre_activations(**p, alpha=alpha) - p["b_enc"][:, None]
+        for alpha in (0.0, 1.0)
+        for name, p in (("own", parts), ("longer", longer))
+    }
+    torch.testing.assert_close(score[0.0, "longer"], score[0.0, "own"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(score[1.0, "longer"], 21 * score[1.0, "own"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_a_token_at_b_dec_and_a_dead_column_give_the_bias_and_not_nan(alpha):
+    parts = random_parts(seed=6)
+    parts["x_c"][:, 0] = 0
+    parts["W_enc"][:, :, 0] = 0
+    z = experiment.pre_activations(**parts, alpha=alpha)
+    assert z.isfinite().all()
+    assert torch.equal(z[:, 0], parts["b_enc"])
+    assert torch.equal(z[:, :, 0], parts["b_enc"][:, :1].expand(-1, 5))
+
+
+# ── The module ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_initial_values_are_those_of_the_design():
+    b_dec = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    sae = experiment.BlendedSAE([5, 6], 4, 7, 0.2, b_dec)
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(2, 7))
+    assert torch.equal(sae.W_enc, sae.W_dec.transpose(1, 2))
+    assert torch.equal(sae.gate, torch.full((2, 7), 0.2)), "one constant, not from data"
+    assert torch.equal(sae.b_enc, torch.zeros(2, 7))
+    assert torch.equal(sae.b_dec, b_dec.expand(2, 4))
+    assert not torch.equal(sae.W_dec[0], sae.W_dec[1])
+    trained = {name for name, p in sae.named_parameters() if p.requires_grad}
+    assert trained == {"W_enc", "W_dec", "b_enc", "b_dec", "gate"}
+
+
+def test_encoder_and_decoder_do_not_share_memory():
+    sae = experiment.BlendedSAE([5], 4, 7, 0.2, torch.zeros(4))
+    before = sae.W_enc.detach().clone()
+    with torch.no_grad():
+        sae.W_dec.mul_(2)
+        sae.b_dec[0] += 1
+    assert torch.equal(sae.W_enc, before)
+
+
+def test_the_learned_blend_trains_gain_and_exponent_in_place_of_the_gate():
+    sae = experiment.BlendedSAE([5, 6], 4, 7, 0.2, torch.zeros(4), learned=True, mean_norm=0.8)
+    assert torch.equal(sae.gate, torch.ones(2, 7))
+    torch.testing.assert_close(sae.log_k.exp(), torch.full((2, 1, 1), 0.8))
+    assert torch.equal(sae.exponent, torch.zeros(2, 1, 1))
+    trained = {name for name, p in sae.named_parameters() if p.requires_grad}
+    assert trained == {"W_enc", "W_dec", "b_enc", "b_dec", "log_k", "exponent"}
+
+
+def test_forward_has_the_values_worked_out_by_hand():
+    sae = experiment.BlendedSAE([0], 2, 3, 0.2, torch.tensor([1.0, 0.0]))
+    set_by_hand(
+        sae,
+        W_enc=[[[1.0, 0.0, -1.0], [0.0, 2.0, 0.0]]],
+        W_dec=[[[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]],
+        gate=[[2.0, 0.5, 1.0]],
+        b_enc=[[0.1, -0.2, -5.0]],
+    )
+    x = torch.tensor([[4.0, 4.0], [1.0, -2.0]])
+    # Token 0: x_c = (3, 4), f = (3.7, 2.0, 0), x_hat = (4.7, 2.0), squared error 0.49 + 4.
+    # Token 1: x_c = (0, -2), f = (0.1, 0, 0), x_hat = (1.1, 0), squared error 0.01 + 4.
+    f = sae.encode(x, 0.5, torch.float32)
+    torch.testing.assert_close(f, torch.tensor([[[3.7, 2.0, 0.0], [0.1, 0.0, 0.0]]]))
+    torch.testing.assert_close(sae.decode(f), torch.tensor([[[4.7, 2.0], [1.1, 0.0]]]))
+    found = sae(x, 0.5, torch.tensor([0.1]))
+    assert found.mse_S.item() == pytest.approx(4.25)
+    assert found.l1_S.item() == pytest.approx(2.9)
+    assert found.l0_S.item() == pytest.approx(1.5)
+    assert found.loss_S.item() == pytest.approx(4.25 + 0.1 * 2.9)
+    assert found.fired_SF.tolist() == [[True, True, False]]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0, torch.tensor([0.2, 0.8])[:, None, None]])
+@pytest.mark.parametrize("learned", [False, True])
+def test_loss_and_gradients_agree_with_a_plain_loop(alpha, learned):
+    sae, lambda_S = random_sae(learned=learned), torch.tensor([0.05, 0.3])
+    x = randn(9, 4)
+    found = sae(x, alpha, lambda_S)
+    found.loss_S.sum().backward()
+    assert 0.2 < (found.l0_S / 7).mean() < 0.8, "some latents fire and some do not"
+
+    p = {n: t.detach().double().requires_grad_(t.requires_grad) for n, t in sae.named_parameters()}
+    k, exponent = (p["log_k"].exp(), p["exponent"]) if learned else (1.0, 0.0)
+    x_c = x.double() - p["b_dec"][:, None]
+    f = loop_pre_activations(x_c, p["W_enc"], p["gate"], p["b_enc"], alpha, k, exponent).clamp(0)
+    loss_S = []
+    for s in range(2):
+        per_token = []
+        for b in range(len(x)):
+            x_hat = sum(f[s, b, i] * p["W_dec"][s, i] for i in range(7)) + p["b_dec"][s]
+            per_token.append(((x[b] - x_hat) ** 2).sum() + lambda_S[s].double() * f[s, b].sum())
+        loss_S.append(sum(per_token) / len(x))
+    sum(loss_S).backward()
+    torch.testing.assert_close(found.loss_S.double(), torch.stack(loss_S), rtol=1e-5, atol=1e-6)
+    for name, own in sae.named_parameters():
+        assert own.requires_grad or own.grad is None, name
+        # None is the gradient of what alpha rules out.
+        got = torch.zeros_like(own) if own.grad is None else own.grad
+        expected = torch.zeros_like(p[name]) if p[name].grad is None else p[name].grad
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_forward_in_bfloat16_stays_close_to_float32():
+    sae = random_sae(d_in=16, d_sae=64)
+    x, alpha = randn(128, 16), 0.5
+    exact, fast = (
+        sae(x, alpha, torch.tensor([0.1, 0.1]), dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
+    for name in ("loss_S", "mse_S", "l1_S", "l0_S"):
+        torch.testing.assert_close(getattr(fast, name), getattr(exact, name), rtol=0.02, atol=0)
+        assert getattr(fast, name).dtype == torch.float32
+    assert not torch.equal(fast.mse_S, exact.mse_S), "bfloat16 was really used"
+    assert (fast.fired_SF == exact.fired_SF).float().mean() > 0.98
+
+
+# ── Seeds ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_the_loss_of_one_seed_never_reaches_the_weights_of_another(alpha):
+    sae = random_sae(learned=alpha == 0.0)
+    loss_S = sae(randn(20, 4), alpha, torch.tensor([0.1, 0.1])).loss_S
+    named = [(name, p) for name, p in sae.named_parameters() if p.requires_grad]
+    grads = torch.autograd.grad(loss_S[0], [p for _, p in named])
+    for (name, _), grad in zip(named, grads, strict=True):
+        assert torch.count_nonzero(grad[0]) > 0, name
+        assert torch.count_nonzero(grad[1]) == 0, name
+
+
+def test_a_seed_gives_the_same_sae_whatever_stands_beside_it():
+    b_dec, x, lambda_S = torch.zeros(4), randn(20, 4), torch.tensor([0.1, 0.1])
+    both, turned = (experiment.BlendedSAE(s, 4, 7, 0.2, b_dec) for s in ([3, 9], [9, 3]))
+    alone = experiment.BlendedSAE([3], 4, 7, 0.2, b_dec)
+    assert torch.equal(both.W_dec, turned.W_dec.flip(0))
+    assert torch.equal(both.W_dec[:1], alone.W_dec)
+    found, turned_found = both(x, 0.5, lambda_S), turned(x, 0.5, lambda_S)
+    for a, b in zip(found, turned_found, strict=True):
+        torch.testing.assert_close(a, b.flip(0), rtol=1e-6, atol=1e-6)
+
+
+def test_initialisation_neither_uses_nor_disturbs_the_global_generator():
+    torch.manual_seed(1)
+    first = experiment.BlendedSAE([3], 4, 7, 0.2, torch.zeros(4)).W_dec
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), after)
+    assert torch.equal(experiment.BlendedSAE([3], 4, 7, 0.2, torch.zeros(4)).W_dec, first)
+
+
+# ── Unit decoder rows ───────────────────────────────────────────────────────────────────────────
+
+
+def test_the_projected_decoder_gradient_has_no_part_along_its_row_and_keeps_the_rest():
+    sae = random_sae()
+    sae.normalize_()
+    sae(randn(20, 4), 0.5, torch.tensor([0.1, 0.1])).loss_S.sum().backward()
+    before = sae.W_dec.grad.clone()
+    along = (before * sae.W_dec).sum(-1, keepdim=True)
+    assert along.abs().max() > 0.01, "there was something to remove"
+    sae.project_decoder_gradient_()
+    assert (sae.W_dec.grad * sae.W_dec).sum(-1).abs().max() < 1e-6
+    torch.testing.assert_close(sae.W_dec.grad + along * sae.W_dec, before)
+
+
+def test_normalising_gives_unit_decoder_rows_without_turning_them():
+    sae = random_sae()
+    before = {name: p.detach().clone() for name, p in sae.named_parameters()}
+    norms = before["W_dec"].norm(dim=-1, keepdim=True)
+    assert (norms - 1).abs().max() > 0.1, "there was something to do"
+    sae.normalize_()
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(2, 7))
+    torch.testing.assert_close(sae.W_dec * norms, before["W_dec"])
+    for name in ("W_enc", "gate", "b_enc", "b_dec"):
+        assert torch.equal(getattr(sae, name), before[name]), name
+
+
+def test_normalising_the_learned_blend_gives_unit_encoder_columns_too():
+    sae = random_sae(learned=True)
+    sae.normalize_()
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(2, 7))
+    torch.testing.assert_close(sae.W_enc.norm(dim=1), torch.ones(2, 7))
+
+
+# ── Export ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def exported_latents(weights: dict, blend: dict, raw: torch.Tensor) -> torch.Tensor:
+    """What the saved SAE makes of raw activations [B, D]."""
+    return experiment.pre_activations(
+        (raw - weights["b_dec"])[None],
+        *(weights[name][None] for name in ("W_enc", "gate", "b_enc")),
+        alpha=blend["alpha"],
+        k=blend["cosine_scale"],
+        exponent=blend["norm_exponent"],
+    )[0].relu()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("unit_rows", [True, False])
+@pytest.mark.parametrize(
+    ("learned", "alpha"), [(False, 0.0), (False, 0.3), (False, 0.9), (False, 1.0), (True, 0.0)]
+)
+def test_the_exported_sae_does_to_raw_activations_what_the_trained_one_does(
+    learned, alpha, unit_rows, seed
+):
+    sae, scale = random_sae(learned=learned), 0.037
+    if unit_rows:
+        sae.normalize_()
+    raw = 25 * randn(50, 4)
+    with torch.no_grad():
+        f = sae.encode(raw * scale, alpha, torch.float32)
+        x_hat = sae.decode(f)[seed]
+        weights, blend = sae.export(seed, scale, alpha)
+        found = exported_latents(weights, blend, raw)
+    row_norms = sae.W_dec[seed].detach().norm(dim=-1)
+    assert unit_rows == bool((row_norms - 1).abs().max() < 1e-5)
+    torch.testing.assert_close(found, f[seed] * row_norms / scale, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found @ weights["W_dec"] + weights["b_dec"], x_hat / scale, rtol=1e-4, atol=1e-3
+    )
+    torch.testing.assert_close(weights["W_dec"].norm(dim=-1), torch.ones(7))
+
+
+def test_without_the_fold_a_blend_would_not_survive_the_change_of_units():
+    """The test above would be empty if alpha 0.3 meant the same in any units."""
+    sae, raw = random_sae(), 25 * randn(50, 4)
+    with torch.no_grad():
+        weights, blend = sae.export(0, 0.037, 0.3)
+        unfolded = exported_latents(weights, blend | {"cosine_scale": 1.0}, raw)
+        assert (unfolded - exported_latents(weights, blend, raw)).abs().max() > 1
+    assert blend == {"alpha": 0.3, "cosine_scale": pytest.approx(1 / 0.037), "norm_exponent": 0.0}
+
+
+def test_the_export_is_a_copy_that_further_training_does_not_change():
+    sae = random_sae()
+    weights, _ = sae.export(0, 1.0, 0.5)
+    before = {name: w.clone() for name, w in weights.items()}
+    with torch.no_grad():
+        for p in sae.parameters():
+            p.add_(1)
+    assert set(weights) == {"W_enc", "W_dec", "gate", "b_enc", "b_dec"}
+    for name, w in weights.items():
+        assert torch.equal(w, before[name]) and not w.requires_grad and w.is_contiguous(), name
