@@ -383,9 +383,9 @@ def pre_activations(
 ) -> torch.Tensor:
     """z_i = g_i [ (1 - alpha) k r^e cos(x_c, w_i) + alpha x_c . w_i ] + b_enc_i.
 
-    Both scores share a product, since cos(x_c, w_i) = x_c . w_i / (r ||w_i||): the blend is one matmul
-    times a gain that depends on the token (its norm) and on the latent (its gate and ||w_i||).  A
-    float alpha of exactly 0 or 1 rules one score out, and the gain goes into the matmul.
+    Both scores share a product, since cos(x_c, w_i) = x_c . w_i / (r ||w_i||): the blend is one
+    matmul times a gain that depends on the token (its norm) and on the latent (its gate, ||w_i||).
+    A float alpha of exactly 0 or 1 rules one score out, and the gain goes into the matmul.
 
     Args:
         x_c: centred activations [S, B, D]; their dtype is the dtype of the large operations.

@@ -1,4 +1,4 @@
-"""What the integration tests share: the repository root on sys.path, a tiny model, no user cache."""
+"""What the tests share: the repository root on sys.path, a tiny model, and no user's cache."""
 
 import os
 import sys
@@ -9,9 +9,10 @@ for folder in (ROOT, ROOT / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-import experiment  # noqa: F401 - blocks torchvision before anything imports transformers
 import pytest
 import tiny
+
+import experiment  # noqa: F401 - blocks torchvision before anything imports transformers
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -11,12 +11,13 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
-import experiment
 import numpy as np
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+
+import experiment
 
 LAPTOP = experiment.SCALES["laptop"]
 
@@ -113,15 +114,17 @@ def test_everything_around_sae_bench_is_as_before_also_when_it_raises(
 ):
     with torch.set_grad_enabled(gradients):
         before = surroundings()
-        with pytest.raises(ZeroDivisionError) if raises else contextlib.nullcontext():
-            with experiment.sae_bench(trained.scale, trained.lm, tmp_path / "eval" / "x"):
-                inside = surroundings()
-                random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
-                torch.set_grad_enabled(not gradients)
-                os.chdir("/")
-                print("this belongs in the log")
-                if raises:
-                    _ = 1 / 0
+        with (
+            pytest.raises(ZeroDivisionError) if raises else contextlib.nullcontext(),
+            experiment.sae_bench(trained.scale, trained.lm, tmp_path / "eval" / "x"),
+        ):
+            inside = surroundings()
+            random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
+            torch.set_grad_enabled(not gradients)
+            os.chdir("/")
+            print("this belongs in the log")
+            if raises:
+                raise ZeroDivisionError
         assert changed(before, surroundings()) == set()
     here = "sae_bench.evals."
     assert changed(before, inside) >= {
@@ -202,7 +205,7 @@ def test_a_saved_sae_gives_the_training_saes_latents_in_residual_units(trained, 
     alpha = trained.run.alpha_end
     assert sae.cfg.alpha == pytest.approx(alpha, abs=1e-12)
     with trainer.average.applied():
-        # An average of unit rows is shorter; SAE-Bench needs unit rows, so latents take up the norm.
+        # Averaged unit rows are shorter; SAE-Bench needs unit rows, so latents take up the norm.
         norm_F = trainer.sae.W_dec[seed].norm(dim=-1)
         f = trainer.sae.encode(x * scale, alpha, torch.float32)
         expected = f[seed] * norm_F / scale
@@ -220,7 +223,7 @@ def test_a_saved_sae_gives_the_training_saes_latents_in_residual_units(trained, 
 
 @torch.no_grad()
 def test_reading_out_with_another_alpha_changes_alpha_alone(trained):
-    (name, folder), *_ = trained.saved.items()
+    folder = next(iter(trained.saved.values()))
     saved, swapped = experiment.load_sae(folder), experiment.load_sae(folder, 1.0)
     assert (saved.cfg.alpha, swapped.cfg.alpha) == (pytest.approx(0.6), 1.0)
     x = trained.lm.residuals(trained.heldout[:1])[1].float()[0]
@@ -231,7 +234,7 @@ def test_reading_out_with_another_alpha_changes_alpha_alone(trained):
 
 def test_absorption_would_score_latents_in_training_units_differently(evaluated, trained, tmp_path):
     """Why the activation scale is folded away on export (pitfalls, 3.1 A)."""
-    name, folder = list(trained.saved.items())[0]
+    folder = next(iter(trained.saved.values()))
     unfolded = tmp_path / "unfolded"
     shutil.copytree(folder, unfolded)
     weights, scale = load_file(folder / "sae_weights.safetensors"), trained.trainer.units.scale

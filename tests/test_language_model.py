@@ -1,12 +1,13 @@
-"""LanguageModel is the model: Hugging Face's own, TransformerLens' too, cut and put together again."""
+"""LanguageModel computes what Hugging Face's whole model and TransformerLens' compute."""
 
 import math
 from pathlib import Path
 
-import experiment
 import pytest
 import tiny
 import torch
+
+import experiment
 from experiment import ExperimentError, LanguageModel
 
 LAYERS = (0, 2)
@@ -144,10 +145,7 @@ def test_the_tokenizer_begins_every_text_with_one_bos_as_sae_bench_expects(tiny_
 
 
 def hooked_llama(folder: Path):
-    """TransformerLens' model of the same Llama weights, put together by hand from its documentation.
-
-    No processing: RMSNorm keeps its weights, W_U is not centred.
-    """
+    """TransformerLens' model of the same Llama weights, put together by hand, without processing."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     model = whole(folder)

@@ -1,7 +1,7 @@
 """A language model so small that the real script runs on it in seconds, and a way to run it.
 
-The embedding of make_model() spells the first letter of every word, so that SAE-Bench's first-letter
-probes work and absorption really runs; everything else in it is small and random.
+The embedding of make_model() spells the first letter of every word, so that SAE-Bench's
+first-letter probes work and absorption really runs; everything else in it is small and random.
 """
 
 import json
@@ -13,8 +13,9 @@ from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import experiment
 import torch
+
+import experiment
 
 ROOT = Path(experiment.__file__).resolve().parent
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
