@@ -42,7 +42,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -194,10 +194,16 @@ class Scale:
                 check(good and math.isfinite(value), f"{name}={value} must be {low}")
             if name.endswith("_fraction"):
                 check(value <= 1, f"{name}={value} must be at most 1")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            whole = field.type is not int or type(value) is int
+            check(whole, f"{field.name}={value!r} must be a whole number")
+        layers, ks = self.layers, self.k_values
         check(
-            bool(self.layers) and min(self.layers) >= 0,
-            f"layers={self.layers} must name at least one block, from 0 on",
+            bool(layers) and min(layers) >= 0 and len(set(layers)) == len(layers),
+            f"layers={layers} must name one block or more, from 0 on, each once",
         )
+        check(bool(ks) and min(ks) >= 1, f"k_values={ks} must be 1 or more each")
         check(
             self.context_length >= 2,
             f"context_length={self.context_length} must hold BOS and a token",
@@ -909,6 +915,7 @@ def probing_task(name: str, train_size: int, test_size: int) -> tuple[dict, dict
     No text stands twice in a class, a task or a split: one is refused if more than a third of its
     shingles were seen in this task before, since the files hold different cuts of the same pages.
     """
+    require(name in TASKS, f"task {name!r} is not one of {', '.join(TASKS)}")
     classes = TASKS[name]
     owners: dict[str, set[str]] = {}
     for label, (number, target) in classes.items():
@@ -1216,7 +1223,8 @@ class Trainer:
         """Online absorption, now and then; in an adaptive run it sets the pace."""
         every, last = self.scale.online_every, self.scale.total_steps - 1
         if self.run.schedule == "adaptive":
-            progress, elapsed = step / max(1, last), 1 / max(1, last)
+            # For the next step, which is where the floor of paced_progress has to arrive in time.
+            progress, elapsed = min(1.0, (step + 1) / max(1, last)), 1 / max(1, last)
             self.paced = [
                 paced_progress(done, rate, progress, elapsed)
                 for done, rate in zip(self.paced, self.rate, strict=True)
@@ -1621,11 +1629,11 @@ def first_letter_probes(scale: Scale, lm: LanguageModel, layer: int) -> Path:
     return cached("first-letter-probes", key, build)
 
 
-def online_absorption(scale: Scale, lm: LanguageModel, layer: int) -> OnlineAbsorption:
+def online_absorption(scale: Scale, lm: LanguageModel, layer: int) -> OnlineAbsorption | None:
     probe = load_file(first_letter_probes(scale, lm, layer) / "probe.safetensors")
-    return OnlineAbsorption(
-        {name: tensor.to(lm.device) for name, tensor in probe.items()}, scale.online_words
-    )
+    probe = {name: tensor.to(lm.device) for name, tensor in probe.items()}
+    online = OnlineAbsorption(probe, scale.online_words)
+    return online if len(online.y) else None  # a model that knows no letter
 
 
 def probing_config(scale: Scale, lm: LanguageModel):
@@ -1870,10 +1878,10 @@ def cached(kind: str, key: dict, build: Callable[[Path], None]) -> Path:
     with (entry.parent / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if entry.exists():
-            if _entry_is_whole(entry):
+            if _entry_is_whole(entry, key):
                 return entry
             say(f"cache: {kind}/{name} is damaged and is made again")
-            shutil.rmtree(entry)
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         for leftover in entry.parent.glob(f"{name}.partial-*"):  # of a process that was killed
             shutil.rmtree(leftover)
         partial = Path(tempfile.mkdtemp(prefix=f"{name}.partial-", dir=entry.parent))
@@ -1889,11 +1897,14 @@ def cached(kind: str, key: dict, build: Callable[[Path], None]) -> Path:
     return entry
 
 
-def _entry_is_whole(entry: Path) -> bool:
+def _entry_is_whole(entry: Path, key: dict) -> bool:
+    """Whether an entry is the one that was asked for, every file of it as it was written."""
     try:
-        sums = json.loads((entry / "manifest.json").read_text())["sha256"]
-        return all(file_sha256(entry / name) == expected for name, expected in sums.items())
-    except (OSError, ValueError, KeyError):
+        manifest = json.loads((entry / "manifest.json").read_text())
+        sums = manifest["sha256"]
+        same_key = json_text(manifest["key"]) == json_text(key)
+        return same_key and all(file_sha256(entry / name) == sums[name] for name in sums)
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -1905,6 +1916,10 @@ def versions(*packages: str) -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+def finite_or_none(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def mean_or_none(values: list[float | None]) -> float | None:
@@ -1945,7 +1960,9 @@ def stability(loss: list[float], grad_norm: list[float]) -> dict[str, float]:
     return {
         "loss_roughness": float(np.std(around, ddof=1)) if len(around) > 1 else None,
         "loss_spikes": float((np.asarray(loss) > 1.5 * median)[start:].sum()),
-        "grad_norm_cv": float(np.std(grads, ddof=1) / grads.mean()) if len(grads) > 1 else None,
+        "grad_norm_cv": float(np.std(grads, ddof=1) / grads.mean())
+        if len(grads) > 1 and grads.mean() > 0
+        else None,
     }
 
 
@@ -2038,7 +2055,7 @@ def layer_results(
         ]
         common = sorted(set.intersection(*map(set, rates))) if len(rates) == scale.n_seeds else []
         letters[name] = {letter: [r[letter] for r in rates] for letter in common}
-        vectors = [[r[letter] for letter in common] for r in rates]
+        vectors = [[r[letter] for letter in common] for r in rates] if common else []
         values[f"{name}_rank_correlation"] = (
             between_seeds(vectors, rank_correlation) if vectors else [None] * scale.n_seeds
         )
@@ -2049,6 +2066,7 @@ def layer_results(
         for d in decoders
     ]
     values["decoder_pw_mcc_null"] = between_seeds(random_decoders, pairwise_mcc)
+    values = {name: [finite_or_none(x) for x in v] for name, v in values.items()}
     means = {name: mean_or_none(v) for name, v in values.items()}
     stderrs = {name: stderr_or_none(v) for name, v in values.items()}
     for name in ("absorption_full", "absorption_fraction", "probing_top_1"):
@@ -2174,7 +2192,8 @@ def differences(old: object, new: object, path: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         lines = []
         for name in sorted({*old, *new}):
-            lines += differences(old.get(name), new.get(name), f"{path}.{name}".lstrip("."))
+            there, now = old.get(name, "absent"), new.get(name, "absent")
+            lines += differences(there, now, f"{path}.{name}".lstrip("."))
         return lines
     return [] if old == new else [f"{path} is {old!r} there and {new!r} now"]
 
@@ -2187,7 +2206,7 @@ def check_folder(out_dir: Path, identity: dict) -> bool:
     try:
         there = json.loads(config.read_text(encoding="utf-8"))
         old = {name: there[name] for name in identity}
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ExperimentError(
             f"{config} is not a configuration this program wrote: move {out_dir} away or delete it"
         ) from error

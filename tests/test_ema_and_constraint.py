@@ -372,8 +372,9 @@ def test_several_main_latents_carry_together():
 
 
 def test_main_latents_that_point_away_count_as_nothing_found():
-    # main: -0.4 of 1; the other 0.6
+    # main: -0.4 of 1, or -1.2; the other 0.6
     assert absorption([0.0, 1, 0, 0, 1, 0], 1.0, main=(4,)) == (1.0, False)
+    assert absorption([0.0, 1, 0, 0, 3, 0], 1.0, main=(4,)) == (1.0, False)
 
 
 def sae_bench_absorption(

@@ -145,7 +145,7 @@ def test_the_tokenizer_begins_every_text_with_one_bos_as_sae_bench_expects(tiny_
 
 
 def hooked_llama(folder: Path):
-    """TransformerLens' model of the same Llama weights, put together by hand, without processing."""
+    """TransformerLens' model of the same Llama weights, put together by hand, unprocessed."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     model = whole(folder)

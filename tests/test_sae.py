@@ -118,6 +118,24 @@ def test_pre_activations_agree_with_a_plain_loop(alpha, k, exponent):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0, torch.tensor([0.2, 1.0])[:, None, None]])
+def test_the_gradient_of_pre_activations_is_that_of_finite_differences(alpha):
+    parts = {name: t.double().requires_grad_() for name, t in random_parts(B=3, D=3, F=4).items()}
+    k = torch.tensor([0.6, 1.3], dtype=torch.float64)[:, None, None].requires_grad_()
+    exponent = torch.tensor([-0.4, 0.9], dtype=torch.float64)[:, None, None].requires_grad_()
+    alpha = alpha.double() if isinstance(alpha, torch.Tensor) else alpha
+
+    def z(*values):
+        *values, k, exponent = values
+        named = dict(zip(parts, values, strict=True))
+        return experiment.pre_activations(**named, alpha=alpha, k=k, exponent=exponent)
+
+    if isinstance(alpha, float) and alpha == 1.0:  # neither k nor exponent takes part
+        assert torch.autograd.gradcheck(lambda *v: z(*v, k, exponent), (*parts.values(),))
+    else:
+        assert torch.autograd.gradcheck(z, (*parts.values(), k, exponent))
+
+
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_alpha_only_decides_how_much_of_the_norm_gets_through(alpha):
     """z = g c [(1 - alpha) k + alpha r ||w||] + b: the sign of a score never depends on alpha."""
@@ -197,26 +215,30 @@ def test_the_learned_blend_trains_gain_and_exponent_in_place_of_the_gate():
 
 
 def test_forward_has_the_values_worked_out_by_hand():
-    sae = experiment.BlendedSAE([0], 2, 3, 0.2, torch.tensor([1.0, 0.0]))
+    sae = experiment.BlendedSAE([0, 1], 2, 3, 0.2, torch.tensor([1.0, 0.0]))
     set_by_hand(
         sae,
-        W_enc=[[[1.0, 0.0, -1.0], [0.0, 2.0, 0.0]]],
-        W_dec=[[[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]],
-        gate=[[2.0, 0.5, 1.0]],
-        b_enc=[[0.1, -0.2, -5.0]],
+        W_enc=[[[1.0, 0.0, -1.0], [0.0, 2.0, 0.0]]] * 2,
+        W_dec=[[[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]] * 2,
+        gate=[[2.0, 0.5, 1.0]] * 2,
+        b_enc=[[0.1, -0.2, -5.0], [0.0, -9.0, -5.0]],
     )
     x = torch.tensor([[4.0, 4.0], [1.0, -2.0]])
-    # Token 0: x_c = (3, 4), f = (3.7, 2.0, 0), x_hat = (4.7, 2.0), squared error 0.49 + 4.
-    # Token 1: x_c = (0, -2), f = (0.1, 0, 0), x_hat = (1.1, 0), squared error 0.01 + 4.
+    # Seed 0, token 0: x_c = (3, 4), f = (3.7, 2, 0), x_hat = (4.7, 2), squared error 0.49 + 4.
+    #         token 1: x_c = (0, -2), f = (0.1, 0, 0), x_hat = (1.1, 0), squared error 0.01 + 4.
+    # Seed 1, token 0: f = (3.6, 0, 0), x_hat = (4.6, 0), squared error 0.36 + 16.
+    #         token 1: f = 0, x_hat = (1, 0), squared error 4.
     f = sae.encode(x, 0.5, torch.float32)
-    torch.testing.assert_close(f, torch.tensor([[[3.7, 2.0, 0.0], [0.1, 0.0, 0.0]]]))
-    torch.testing.assert_close(sae.decode(f), torch.tensor([[[4.7, 2.0], [1.1, 0.0]]]))
-    found = sae(x, 0.5, torch.tensor([0.1]))
-    assert found.mse_S.item() == pytest.approx(4.25)
-    assert found.l1_S.item() == pytest.approx(2.9)
-    assert found.l0_S.item() == pytest.approx(1.5)
-    assert found.loss_S.item() == pytest.approx(4.25 + 0.1 * 2.9)
-    assert found.fired_SF.tolist() == [[True, True, False]]
+    x_hat = torch.tensor([[[4.7, 2.0], [1.1, 0.0]], [[4.6, 0.0], [1.0, 0.0]]])
+    torch.testing.assert_close(f[0], torch.tensor([[3.7, 2.0, 0.0], [0.1, 0.0, 0.0]]))
+    torch.testing.assert_close(f[1], torch.tensor([[3.6, 0.0, 0.0], [0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(sae.decode(f), x_hat)
+    found = sae(x, 0.5, torch.tensor([0.1, 0.2]))
+    assert found.mse_S.tolist() == pytest.approx([4.25, 10.18])
+    assert found.l1_S.tolist() == pytest.approx([2.9, 1.8])
+    assert found.l0_S.tolist() == pytest.approx([1.5, 0.5])
+    assert found.loss_S.tolist() == pytest.approx([4.25 + 0.1 * 2.9, 10.18 + 0.2 * 1.8])
+    assert found.fired_SF.tolist() == [[True, True, False], [True, False, False]]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0, torch.tensor([0.2, 0.8])[:, None, None]])
@@ -260,6 +282,18 @@ def test_forward_in_bfloat16_stays_close_to_float32():
         assert getattr(fast, name).dtype == torch.float32
     assert not torch.equal(fast.mse_S, exact.mse_S), "bfloat16 was really used"
     assert (fast.fired_SF == exact.fired_SF).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_gradients_in_bfloat16_stay_close_to_float32(alpha):
+    x, grads = randn(256, 16), []
+    for dtype in (torch.float32, torch.bfloat16):
+        sae = random_sae(d_in=16, d_sae=64)
+        sae(x, alpha, torch.tensor([0.1, 0.1]), dtype).loss_S.sum().backward()
+        grads.append({name: p.grad for name, p in sae.named_parameters() if p.requires_grad})
+    for name, exact in grads[0].items():
+        assert grads[1][name].dtype == torch.float32
+        assert (grads[1][name] - exact).norm() < 0.03 * exact.norm(), name
 
 
 # ── Seeds ───────────────────────────────────────────────────────────────────────────────────────

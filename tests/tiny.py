@@ -190,9 +190,9 @@ def run_script(
 
 
 def tree(folder: Path) -> dict[str, tuple[str, int]]:
-    """Every file below a folder: {relative path: (SHA-256, modification time in ns)}."""
+    """Every file below a folder but locks: {relative path: (SHA-256, modification time in ns)}."""
     return {
         str(path.relative_to(folder)): (experiment.file_sha256(path), path.stat().st_mtime_ns)
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != ".lock"
     }

@@ -1,0 +1,490 @@
+"""The command line and the files of a run: the real script, each time in a process of its own."""
+
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+from safetensors.torch import load_file
+
+import experiment
+
+ENTRY = "tiny layer 1"
+
+
+@pytest.fixture(scope="module")
+def scale(tiny_model) -> experiment.Scale:
+    return tiny.tiny_scale(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """One cache for every test here that does not need its own."""
+    return tmp_path_factory.mktemp("shared-cache")
+
+
+@pytest.fixture
+def run(scale, cache, tmp_path):
+    """run_script() with this module's scale and cache, in an empty folder."""
+
+    def start(*arguments: str, **changes) -> subprocess.CompletedProcess:
+        return tiny.run_script(
+            *arguments, **{"scale": scale, "cache": cache, "cwd": tmp_path} | changes
+        )
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def finished(scale, cache, tmp_path_factory) -> SimpleNamespace:
+    """A finished run_1, and what the process printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    process = tiny.run_script("--out_dir=run_1", scale=scale, cache=cache, cwd=folder)
+    assert process.returncode == 0, process.stderr
+    results = json.loads((folder / "run_1" / "final_info.json").read_text())
+    return SimpleNamespace(
+        folder=folder / "run_1", process=process, results=results, files=tiny.tree(folder)
+    )
+
+
+def assert_refused(process: subprocess.CompletedProcess, *said: str) -> None:
+    """Exit status not 0, and the error is all there is on the last line of stderr."""
+    assert process.returncode not in (0, None)
+    last = process.stderr.rstrip("\n").splitlines()[-1]
+    assert last.startswith("error: ")
+    for words in said:
+        assert words in last
+    assert "Traceback" not in process.stderr
+
+
+# Choosing a run.
+
+
+def test_run_0_is_refused_and_its_files_stay(run, tmp_path):
+    (tmp_path / "run_0").mkdir()
+    (tmp_path / "run_0" / "final_info.json").write_text("{}")
+    before = tiny.tree(tmp_path)
+    assert_refused(run(f"--out_dir={tmp_path}/x/../run_0/"), "run_0 holds the given baseline")
+    assert tiny.tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [([], "--out_dir is missing"), (["--out_dir=run_11"], "'run_11' is not a row of RUNS")],
+)
+def test_a_missing_or_unknown_run_lists_the_runs_and_creates_nothing(
+    run, tmp_path, arguments, said
+):
+    process = run(*arguments)
+    assert_refused(process, said)
+    for name, row in experiment.RUNS.items():
+        assert re.search(rf"^  {name} +{re.escape(row.title)}$", process.stderr, re.MULTILINE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("out_dir", ["", ".", "..", "/", "run_1/sae", "run_01", "RUN_1", "run_1 "])
+def test_only_the_last_part_of_out_dir_names_the_run(out_dir):
+    for path in ("run_3", "./run_3/", "/tmp/a b/run_3//", "x/../run_3", "run_1/run_3"):
+        assert experiment.chosen_run([f"--out_dir={path}"])[1:] == (
+            "run_3",
+            experiment.RUNS["run_3"],
+        )
+    with pytest.raises(experiment.ExperimentError, match="the runs:"):
+        experiment.chosen_run([f"--out_dir={out_dir}"])
+
+
+def test_there_is_no_other_argument(run, tmp_path):
+    process = run("--out_dir=run_1", "--seed=1")
+    assert process.returncode != 0
+    assert "unrecognized arguments: --seed=1" in process.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_scale_is_an_error_naming_the_scales(run, tmp_path):
+    process = run("--out_dir=run_1", EXPERIMENT_SCALE="huge")
+    assert_refused(process, "EXPERIMENT_SCALE='huge' is not one of", *experiment.SCALES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_out_dir_that_is_a_file_is_refused_and_stays(run, tmp_path):
+    (tmp_path / "run_1").write_text("mine")
+    assert_refused(run("--out_dir=run_1"), "run_1 is a file")
+    assert (tmp_path / "run_1").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["run_1"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_sentence(run, tmp_path):
+    """Root may write anywhere, but not even root into a folder below a file."""
+    (tmp_path / "file").write_text("mine")
+    process = run("--out_dir=file/run_1")
+    assert_refused(process, "file/run_1", "fix the folder, then run the same command again")
+    assert len(process.stderr.splitlines()) == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("bytes_allowed", "written"),
+    [(2_000, {"config.json"}), (300_000, {"config.json", "experiment.py", "training_log.jsonl"})],
+    ids=["at the script", "at the weights"],
+)
+def test_a_full_disk_is_one_clear_sentence_wherever_it_fills_up(
+    run, scale, finished, tmp_path, bytes_allowed, written
+):
+    """No file of this process may grow beyond a limit: writing more fails as on a full disk.
+
+    `finished` has filled the cache.
+    """
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes_allowed},) * 2)"
+    wide = experiment.replace(scale, d_sae=1024)  # weights of 528 kB
+    process = run("--out_dir=run_7", patch=limit, scale=wide)
+    assert_refused(process, "File too large", "free space", "run the same command again")
+    assert len(process.stderr.splitlines()) == 1
+    folder = tmp_path / "run_7"
+    assert not (folder / "final_info.json").exists()
+    for name in written:
+        assert 0 < (folder / name).stat().st_size <= bytes_allowed or name not in written
+    json.loads((folder / "config.json").read_text())
+
+
+# A budget or a text that is too small.
+
+
+def script_with(tmp_path: Path, old: str, new: str) -> Path:
+    """A copy of the script with a value edited, as a user would."""
+    source = Path(experiment.__file__).read_text()
+    assert len(re.findall(old, source)) == 1
+    path = tmp_path / "edited" / "experiment.py"
+    path.parent.mkdir()
+    path.write_text(re.sub(old, new, source))
+    return path
+
+
+def test_a_token_budget_below_one_batch_is_an_error_before_any_work(tmp_path):
+    script = script_with(tmp_path, r"training_tokens=[\d_]+,", "training_tokens=2047,")
+    process = subprocess.run(
+        [sys.executable, str(script), "--out_dir=run_1"],
+        cwd=tmp_path,
+        env=os.environ
+        | {"EXPERIMENT_SCALE": "laptop", "COSINE_SAE_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert process.returncode != 0
+    last = process.stderr.splitlines()[-1]
+    assert "training_tokens=2047 is below one batch of 2048" in last
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["edited"]
+
+
+def texts(*documents: str) -> str:
+    """A patch: these documents and no others.  PROSE is in the key of the cached tokens."""
+    return f"experiment.PROSE = (0,); experiment.training_documents = lambda _: {documents!r}"
+
+
+def test_a_text_that_ends_before_training_does_is_an_error_and_no_result(run, finished, tmp_path):
+    process = run("--out_dir=run_7", patch=texts("The film was good and the news was not. " * 300))
+    assert_refused(process, "the text of scale 'tiny'", "lower training_tokens or add text")
+    assert not (tmp_path / "run_7" / "final_info.json").exists()
+
+
+def test_a_text_that_leaves_nothing_to_train_on_is_an_error(run, tmp_path):
+    process = run("--out_dir=run_7", patch=texts("The film was good."), cache=tmp_path / "cache")
+    assert_refused(process, "the text of scale 'tiny'", "nothing is left to train on")
+    assert not (tmp_path / "run_7" / "final_info.json").exists()
+
+
+# The files of a run.
+
+
+def test_a_run_writes_the_files_of_the_contract_and_no_others(finished, scale):
+    written = {
+        str(p.relative_to(finished.folder)) for p in finished.folder.rglob("*") if p.is_file()
+    }
+    written.discard(".lock")
+    config = json.loads((finished.folder / "config.json").read_text())
+    seeds = [f"layer_1_seed_{seed}" for seed in range(scale.n_seeds)]
+    names = [f"run_1_{seed}_{config['weights_sha256'][seed][:12]}" for seed in seeds]
+    end = "_custom_sae_eval_results.json"
+    expected = {"final_info.json", "config.json", "experiment.py", "training_log.jsonl"}
+    expected |= {
+        f"sae/{seed}/{file}"
+        for seed in seeds
+        for file in ("sae_weights.safetensors", "raw.safetensors", "cfg.json")
+    }
+    expected |= {f"eval/absorption/{name}{end}" for name in names}
+    expected |= {
+        f"eval/sparse_probing/{name}{readout}{end}"
+        for name in names
+        for readout in ("", "_readout_0", "_readout_1")
+    }
+    assert written == expected | {"eval/sae_bench.log"}
+    assert not [p for p in finished.folder.parent.iterdir() if p != finished.folder]
+
+
+def test_the_snapshot_is_the_script_as_it_ran(finished):
+    assert (finished.folder / "experiment.py").read_bytes() == Path(
+        experiment.__file__
+    ).read_bytes()
+
+
+def test_the_config_records_every_value_that_ran(finished, scale):
+    config = json.loads((finished.folder / "config.json").read_text())
+    assert config["run_name"] == "run_1"
+    assert config["run"] == json.loads(json.dumps(experiment.asdict(experiment.RUNS["run_1"])))
+    assert config["scale"] == json.loads(json.dumps(experiment.asdict(scale)))
+    assert config["total_steps"] == scale.total_steps == 20
+    assert config["ema_horizon_steps"] == scale.ema_horizon
+    assert config["versions"]["torch"] == experiment.torch.__version__
+    assert None not in config["versions"].values()
+    for name, digest in config["weights_sha256"].items():
+        path = finished.folder / "sae" / name / "sae_weights.safetensors"
+        assert experiment.file_sha256(path) == digest
+    assert config["seconds"]["total"] > 0
+
+
+def test_the_log_has_a_line_per_step_with_a_number_per_seed(finished, scale):
+    lines = (finished.folder / "training_log.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [r["step"] for r in records] == list(range(scale.total_steps))
+    per_seed = ("loss", "mse", "l1", "l0", "lambda", "alpha", "ema_decay", "grad_norm", "dead")
+    per_seed += ("l0_target",)
+    for r in records:
+        assert r["layer"] == 1
+        assert r["tokens_per_second"] > 0
+        for key in per_seed:
+            assert len(r[key]) == scale.n_seeds, key
+            assert all(math.isfinite(v) for v in r[key]), key
+        for s in range(scale.n_seeds):
+            assert r["loss"][s] == pytest.approx(
+                r["mse"][s] + r["lambda"][s] * r["l1"][s], rel=1e-5
+            )
+    measured = [r["step"] for r in records if r["online_absorption"] is not None]
+    assert measured == [0, 5, 10, 15, 19]
+    assert all(len(r["online_full_absorption"]) == 2 for r in records if r["step"] in measured)
+    assert records[0]["alpha"] == pytest.approx([0.1] * 2)
+    assert records[-1]["alpha"] == pytest.approx([0.9] * 2)
+    assert records[0]["loss"][0] != records[0]["loss"][1]  # seeds are different SAEs
+
+
+def test_the_raw_weights_beside_the_average_are_other_weights(finished):
+    for seed in (0, 1):
+        folder = finished.folder / "sae" / f"layer_1_seed_{seed}"
+        average, raw = (load_file(folder / f"{n}.safetensors") for n in ("sae_weights", "raw"))
+        assert average.keys() == raw.keys() == {"W_enc", "W_dec", "b_enc", "b_dec", "gate"}
+        assert not average["W_enc"].equal(raw["W_enc"])
+
+
+def test_final_info_follows_the_ai_scientist_contract(finished):
+    means = {k: v["means"] for k, v in finished.results.items()}
+    assert list(means) == [
+        ENTRY,
+        f"{ENTRY}, read out with alpha = 0",
+        f"{ENTRY}, read out with alpha = 1",
+    ]
+    for title, entry in finished.results.items():
+        for metric, mean in means[title].items():
+            assert mean is None or isinstance(mean, float), metric
+            error = entry["stderrs"][metric]
+            values = entry["final_info_dict"].get(metric)
+            if values is None:  # spread over seeds: one number for all
+                assert metric.endswith("_sd_over_seeds")
+                continue
+            assert len(values) == 2
+            if None in values:
+                assert mean is error is None
+            else:
+                assert mean == pytest.approx(sum(values) / 2)
+                # sd(ddof=1) / sqrt(2) of two values is half their distance.
+                assert error == pytest.approx(abs(values[0] - values[1]) / 2, abs=1e-12)
+
+
+def test_a_run_has_every_metric_of_the_design(finished):
+    means = finished.results[ENTRY]["means"]
+    expected = "loss_roughness loss_spikes grad_norm_cv fvu l0 dead ce_recovered "
+    expected += "absorption_full absorption_fraction absorption_letters decoder_pw_mcc "
+    expected += "decoder_pw_mcc_null absorption_fraction_rank_correlation online_absorption "
+    expected += "probing_top_1 probing_top_2 lm_top_1 lm_all_channels probing_top_1_sd_over_tasks "
+    expected += "absorption_full_sd_over_letters absorption_full_sd_over_seeds"
+    assert not set(expected.split()) - means.keys()
+    assert all(means[name] is not None for name in expected.split())
+    assert means["absorption_letters"] >= 20
+    assert 0 < means["fvu"] < 1.5
+    assert 0 < means["l0"] <= 96
+    per_task = finished.results[ENTRY]["per_task"]["probing_top_1"]
+    assert set(per_task) == {"sentiment", "news"}
+    assert all(len(values) == 2 for values in per_task.values())
+
+
+def test_final_info_carries_sae_benchs_results_as_its_files_hold_them(finished):
+    held = finished.results[ENTRY]["sae_bench"]
+    for kind in ("sparse_probing", "absorption"):
+        files = sorted((finished.folder / "eval" / kind).glob("*[0-9a-f]_custom_sae*.json"))
+        files = [f for f in files if "readout" not in f.name]
+        on_disk = [experiment.without_times(json.loads(f.read_text())) for f in files]
+        assert [r["eval_result_metrics"] for r in on_disk] == [
+            r["eval_result_metrics"] for r in held[kind]
+        ]
+
+
+def test_the_summary_stands_last_on_stdout_and_nothing_on_stderr(finished):
+    assert finished.process.stderr == ""
+    out = finished.process.stdout
+    assert out.startswith("scale tiny: run_1, the method")
+    summary = out.split("\n---\n")[1].splitlines()
+    titles = [line for line in summary if ": " not in line]
+    assert titles == list(finished.results)
+    shown = dict(line.split(": ") for line in summary if ": " in line)
+    for metric, mean in finished.results[titles[-1]]["means"].items():
+        assert float(shown[metric].split(" +- ")[0]) == pytest.approx(mean, abs=1e-4)
+    assert summary[-1].startswith("seconds total: ")
+
+
+# The same command again.
+
+
+def test_a_finished_run_says_so_and_touches_nothing(run, finished):
+    process = run("--out_dir=run_1", cwd=finished.folder.parent)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "run_1 is finished (final_info.json is there): nothing to do" in process.stdout
+    assert tiny.tree(finished.folder.parent) == finished.files
+
+
+def test_another_configuration_names_what_differs_and_touches_nothing(run, finished, scale):
+    changes = {"learning_rate": 0.007, "layers": (2,)}
+    process = run(
+        "--out_dir=run_1", cwd=finished.folder.parent, scale=experiment.replace(scale, **changes)
+    )
+    assert_refused(
+        process,
+        "scale.learning_rate is 0.003 there and 0.007 now",
+        "scale.layers is [1] there and [2] now",
+    )
+    assert tiny.tree(finished.folder.parent) == finished.files
+
+
+def test_a_foreign_config_is_an_error_and_stays(run, tmp_path):
+    (tmp_path / "run_1").mkdir()
+    (tmp_path / "run_1" / "config.json").write_text('{"theirs": 1')
+    assert_refused(run("--out_dir=run_1"), "config.json is not a configuration this program wrote")
+    assert (tmp_path / "run_1" / "config.json").read_text() == '{"theirs": 1'
+
+
+@pytest.fixture(scope="module")
+def again(scale, finished, tmp_path_factory) -> SimpleNamespace:
+    """The same command with an empty cache, in a folder where an execution was killed.
+
+    Its leftovers are damaged; the path is absolute, nested and not ASCII, with a slash at its end.
+    """
+    root = tmp_path_factory.mktemp("again")
+    folder = root / "sub folder" / "Größe" / "run_1"
+    shutil.copytree(finished.folder, folder)
+    (folder / "final_info.json").unlink()
+    (folder / "training_log.jsonl").write_text('{"step": 0}\n{"st')
+    (folder / "sae" / "layer_1_seed_0" / "sae_weights.safetensors").write_bytes(b"half")
+    (folder / "eval" / "absorption" / "leftover.json").write_text("{")
+    arguments = {"scale": scale, "cache": root / "cache", "cwd": root}
+    process = tiny.run_script(f"--out_dir={folder}/", **arguments)
+    assert (process.returncode, process.stderr) == (0, "")
+    return SimpleNamespace(folder=folder, root=root, process=process)
+
+
+def test_the_same_command_elsewhere_with_an_empty_cache_gives_the_same_bytes(again, finished):
+    assert "(once)" in again.process.stdout  # the caches were made again
+    weights = [
+        f"sae/layer_1_seed_{s}/{n}.safetensors" for s in (0, 1) for n in ("sae_weights", "raw")
+    ]
+    for name in ("final_info.json", *weights):
+        assert (again.folder / name).read_bytes() == (finished.folder / name).read_bytes()
+
+
+def test_a_run_that_was_begun_and_not_finished_leaves_no_trace_in_the_next(again, finished):
+    assert tiny.tree(again.folder).keys() == tiny.tree(finished.folder).keys()
+    assert len((again.folder / "training_log.jsonl").read_text().splitlines()) == 20
+
+
+def test_a_run_writes_into_its_folder_and_its_cache_only(again):
+    assert sorted(p.name for p in again.root.iterdir()) == ["cache", "sub folder"]
+    assert [p.name for p in again.folder.parent.iterdir()] == ["run_1"]
+
+
+def test_a_second_process_on_the_same_folder_stops_with_an_error(run, tmp_path):
+    (tmp_path / "run_1").mkdir()
+    with (tmp_path / "run_1" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert_refused(run("--out_dir=run_1"), "another process is working on run_1")
+    assert [p.name for p in (tmp_path / "run_1").iterdir()] == [".lock"]
+
+
+# Other rows of the table, and training that goes wrong.
+
+
+@pytest.fixture(scope="module")
+def others(scale, finished, cache, tmp_path_factory) -> Path:
+    """A folder with run_2, run_8 and run_10 at one seed, one after the other in one process."""
+    folder = tmp_path_factory.mktemp("others")
+    first = "for name in ('run_2', 'run_8'): assert experiment.main([f'--out_dir={name}']) == 0"
+    one = experiment.replace(scale, n_seeds=1)
+    process = tiny.run_script("--out_dir=run_10", scale=one, cache=cache, cwd=folder, patch=first)
+    assert (process.returncode, process.stderr) == (0, "")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [("run_2", {"pace"}), ("run_8", set()), ("run_10", {"norm_exponent", "log_cosine_scale"})],
+)
+def test_adaptive_cosine_only_and_learned_runs_finish(others, name, extra):
+    folder = others / name
+    (entry,) = json.loads((folder / "final_info.json").read_text()).values()
+    assert entry["means"]["probing_top_1"] == entry["final_info_dict"]["probing_top_1"][0]
+    assert entry["means"]["absorption_letters"] >= 20
+    assert set(entry["stderrs"].values()) == {None}  # one seed has no standard error
+    assert entry["means"]["decoder_pw_mcc"] is None  # nor a partner
+    records = [json.loads(line) for line in (folder / "training_log.jsonl").open()]
+    assert len(records) == 20
+    ours = {key for key, value in records[-1].items() if value is not None}
+    assert ours >= extra | {"loss", "online_absorption"}
+    assert ("ema_decay" in ours) == experiment.RUNS[name].ema
+    config = json.loads((folder / "sae" / "layer_1_seed_0" / "cfg.json").read_text())
+    assert config["alpha"] == pytest.approx({"run_2": 0.9}.get(name, 0.0))
+    if name == "run_10":
+        assert records[-1]["norm_exponent"] != records[0]["norm_exponent"]
+        assert config["norm_exponent"] == pytest.approx(records[-1]["norm_exponent"][0], abs=0.01)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_seed_and_values(run, scale, tmp_path):
+    process = run("--out_dir=run_7", scale=experiment.replace(scale, learning_rate=1e30))
+    assert_refused(process, "the loss is ", "nothing was evaluated")
+    assert re.search(
+        r"the loss is (inf|nan) at step \d+, layer 1, seed \d "
+        r"\(mse=\S+, l1=\S+, lambda=\S+, grad_norm=\S+\)",
+        process.stderr,
+    )
+    left = {p.name for p in (tmp_path / "run_7").iterdir()}
+    assert left == {".lock", "config.json", "experiment.py", "training_log.jsonl"}
+    for line in (tmp_path / "run_7" / "training_log.jsonl").read_text().splitlines():
+        json.loads(line)
+
+
+def test_one_bad_seed_is_named(run, tmp_path):
+    spoil = "\n".join(
+        [
+            "step = experiment.Trainer.step",
+            "def spoiled(self, x):",
+            "    if self.steps_done == 3: self.sae.b_enc.data[1] = float('nan')",
+            "    return step(self, x)",
+            "experiment.Trainer.step = spoiled",
+        ]
+    )
+    process = run("--out_dir=run_7", patch=spoil)
+    assert_refused(process, "the loss is nan at step 3, layer 1, seed 1 ")
+    assert not (tmp_path / "run_7" / "final_info.json").exists()
