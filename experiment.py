@@ -283,11 +283,12 @@ SCALES: dict[str, Scale] = {
 
 
 def choose_scale() -> Scale:
-    """The machine decides; EXPERIMENT_SCALE overrides."""
-    name = os.environ.get("EXPERIMENT_SCALE") or (
-        "gemma-2-2b" if torch.cuda.is_available() else "laptop"
-    )
-    require(name in SCALES, f"EXPERIMENT_SCALE={name!r} is not one of {', '.join(SCALES)}")
+    """The machine decides, EXPERIMENT_SCALE overrides: never a silent fall-back."""
+    wanted = os.environ.get("EXPERIMENT_SCALE")
+    name = wanted or ("gemma-2-2b" if torch.cuda.is_available() else "laptop")
+    asked = f"EXPERIMENT_SCALE={name!r}" if wanted else f"this machine has CUDA, and {name!r}"
+    scales = ", ".join(SCALES)
+    require(name in SCALES, f"{asked} is not one of {scales}: set EXPERIMENT_SCALE to one of them")
     return SCALES[name]
 
 

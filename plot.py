@@ -33,7 +33,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
-from numpy.lib.stride_tricks import sliding_window_view
 
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Labels                                                                                         │
@@ -346,13 +345,12 @@ def training_curves(arms: list[Arm]):
     curves(ax, arms, "loss", "raw loss, bold: its running median (log scale)", log=True, **raw)
     for i, arm in enumerate(arms):
         steps, loss, _ = arm.series("loss")
-        if len(steps) > 51:
-            median = np.median(sliding_window_view(loss, 51), -1)
-            ax.plot(steps[25:-25], median, **arm.look, markevery=(0.015 * i, 0.15))
+        median = [np.median(loss[max(0, j - 25) : j + 26]) for j in range(len(steps))]
+        ax.plot(steps, median, **arm.look, markevery=(0.015 * i, 0.15))
     axes = bottom.subplots(1, 3, sharey=True)
     for ax, metric in zip(axes, ("loss_roughness", "loss_spikes", "grad_norm_cv"), strict=True):
         rows(ax, arms, [arm.value(metric) for arm in arms], heading(metric))
-    axes[1].xaxis.set_major_locator(MaxNLocator(2, integer=True))
+    axes[1].xaxis.set_major_locator(MaxNLocator(2, integer=True, min_n_ticks=1))
     return figure
 
 
