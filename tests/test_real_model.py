@@ -55,8 +55,8 @@ def finished(cache, tmp_path_factory) -> SimpleNamespace:
         heldout_contexts=16,
         block_contexts=128,
         tasks=("sentiment",),
-        probe_train_set_size=60,
-        probe_test_set_size=30,
+        probe_train_set_size=160,
+        probe_test_set_size=80,
         k_values=(1, 5),
         absorption_words=1000,  # fewer, and SAE-Bench finds no word for some letter
         online_every=2,
@@ -85,11 +85,10 @@ def test_the_script_trains_and_scores_saes_of_the_real_model(finished):
     assert max(records[-1]["mse"]) < min(records[0]["mse"])  # it learns
     entry = finished.entry
     missing = {name for name, values in entry["final_info_dict"].items() if None in values}
+    missing.remove("probing_top_1_sd_over_tasks")  # of one task
     # What SAE-Bench measures of absorption is there, or missing for a reason that is given.
-    assert all(name.startswith("absorption_") for name in missing)
-    assert not missing or (
-        entry["means"]["absorption_letters"] is None and "absorption" in entry["notes"]
-    )
+    assert all(name.startswith("absorption_") for name in missing), missing
+    assert bool(missing) == ("absorption" in entry["notes"])
     for name, values in entry["final_info_dict"].items():
         assert len(values) == 2
         assert all(math.isfinite(v) for v in values if v is not None), name

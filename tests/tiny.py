@@ -194,5 +194,5 @@ def tree(folder: Path) -> dict[str, tuple[str, int]]:
     return {
         str(path.relative_to(folder)): (experiment.file_sha256(path), path.stat().st_mtime_ns)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != ".lock"
+        if path.is_file() and path.suffix != ".lock" and path.name != ".lock"
     }

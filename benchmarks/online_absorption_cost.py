@@ -1,0 +1,53 @@
+"""What measuring absorption during training costs, as a share of training time.
+
+    python benchmarks/online_absorption_cost.py
+
+Times training steps of run_1 at the laptop scale's sizes on random activations, and one measurement
+on random words, alternating; prints medians and the share at the default interval.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+
+import experiment
+
+
+def main() -> None:
+    scale, d_in = experiment.SCALES["laptop"], 576
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    units = experiment.calibrate(noise(20_000, d_in))
+    trainer = experiment.Trainer(
+        scale, experiment.RUNS["run_1"], 8, units, device=torch.device("cpu")
+    )
+    words = 4 * scale.online_words
+    probe = {"weight": noise(26, d_in), "bias": torch.full((26,), 1e3), "f1": torch.ones(26)}
+    probe |= {"X": noise(words, d_in), "y": torch.arange(words) % 26}
+    online = experiment.OnlineAbsorption(probe, scale.online_words)
+    batch = noise(scale.batch_tokens, d_in)
+    alpha = torch.full((scale.n_seeds, 1, 1), 0.5)
+    steps, measurements = [], []
+    for repetition in range(12):
+        start = time.perf_counter()
+        trainer.step(batch)
+        middle = time.perf_counter()
+        online.measure(trainer.sae, alpha, units.scale, trainer.dtype)
+        if repetition >= 2:  # the first ones warm up
+            steps.append(middle - start)
+            measurements.append(time.perf_counter() - middle)
+    step, measurement = statistics.median(steps), statistics.median(measurements)
+    print(f"training step: {1e3 * step:.0f} ms ({scale.n_seeds} seeds)")
+    print(f"measurement: {1e3 * measurement:.0f} ms ({len(online.y)} words)")
+    print(f"share of training time: {measurement / (scale.online_every * step):.1%}")
+
+
+if __name__ == "__main__":
+    main()

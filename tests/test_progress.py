@@ -1,0 +1,32 @@
+"""Progress: bars on a terminal, plain lines elsewhere: nothing drowns an error on stderr."""
+
+import io
+import itertools
+
+import experiment
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_without_a_terminal_progress_is_plain_lines_on_stdout_and_nothing_on_stderr(
+    monkeypatch, capsys
+):
+    ticks = itertools.count(step=20)  # seconds: a line is due at every second item
+    monkeypatch.setattr(experiment.time, "monotonic", lambda: next(ticks))
+    assert list(experiment.progress_bar(range(6), 6, "step")) == list(range(6))
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    assert lines[0].startswith("step: ") and lines[0].endswith("/6")
+    assert "\r" not in out
+
+
+def test_on_a_terminal_progress_is_a_bar_on_stderr_and_nothing_on_stdout(monkeypatch, capsys):
+    terminal = Terminal()
+    monkeypatch.setattr(experiment.sys, "stderr", terminal)
+    assert list(experiment.progress_bar(range(6), 6, "step")) == list(range(6))
+    assert "step" in terminal.getvalue() and "\r" in terminal.getvalue()
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,71 @@
+"""The committed study is the program's own: same configuration, complete, at matched sparsity."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+import experiment
+
+STUDY = Path(experiment.__file__).parent / "results" / "laptop"
+SCALE = experiment.SCALES["laptop"]
+ENTRY = "laptop layer 8"
+MAIN_METRICS = (
+    "loss_roughness",
+    "grad_norm_cv",
+    "absorption_full",
+    "absorption_fraction",
+    "probing_top_1",
+    "probing_top_5",
+    "fvu",
+    "l0",
+    "ce_recovered",
+    "online_absorption",
+    "decoder_pw_mcc",
+)
+
+
+def results_of(run: str) -> dict:
+    return json.loads((STUDY / run / "final_info.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("run", experiment.RUNS)
+def test_the_committed_numbers_came_from_the_committed_configuration(run):
+    config = json.loads((STUDY / run / "config.json").read_text(encoding="utf-8"))
+    identity = {"run_name": run, "run": asdict(experiment.RUNS[run]), "scale": asdict(SCALE)}
+    now = json.loads(experiment.json_text(identity))
+    assert experiment.differences({name: config[name] for name in now}, now) == []
+
+
+@pytest.mark.parametrize("run", experiment.RUNS)
+def test_no_main_metric_of_the_study_is_missing(run):
+    entry = results_of(run)[ENTRY]
+    for metric in MAIN_METRICS:
+        assert entry["means"][metric] is not None, metric
+        assert entry["stderrs"][metric] is not None, metric
+        assert len(entry["final_info_dict"][metric]) == SCALE.n_seeds >= 3, metric
+
+
+@pytest.mark.parametrize("run", experiment.RUNS)
+def test_every_run_ends_within_a_tenth_of_the_same_target_l0(run):
+    assert results_of(run)[ENTRY]["means"]["l0"] == pytest.approx(SCALE.target_l0, rel=0.1)
+
+
+def test_the_control_is_well_trained_and_beats_the_models_own_best_channel():
+    means = results_of("run_7")[ENTRY]["means"]
+    assert means["fvu"] <= 0.25
+    assert means["probing_top_1"] > means["lm_top_1"]
+    assert means["absorption_letters"] >= 20
+
+
+@pytest.mark.parametrize("run", ("run_1", "run_7"))
+def test_the_read_out_check_is_an_entry_of_its_own(run):
+    names = set(results_of(run))
+    assert names == {ENTRY} | {f"{ENTRY}, read out with alpha = {a}" for a in (0, 1)}
+
+
+@pytest.mark.parametrize("run", experiment.RUNS)
+def test_the_training_log_holds_every_step_once(run):
+    lines = (STUDY / run / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(SCALE.total_steps))
