@@ -93,7 +93,9 @@ def test_a_layers_own_residual_in_its_place_changes_nothing_and_zeros_do(folder)
         x = residuals[layer].clone()
         assert lm.cross_entropy(tokens, {layer: x}) == own
         assert abs(lm.cross_entropy(tokens, {layer: torch.zeros_like(x)}) - own) > 1e-3
-    assert lm.cross_entropy(tokens) == own  # nothing of a replacement stays behind
+        for other, again in lm.residuals(tokens).items():  # nothing of it stays behind
+            assert again.equal(residuals[other])
+    assert lm.cross_entropy(tokens) == own
 
 
 @torch.no_grad()
