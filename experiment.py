@@ -55,6 +55,7 @@ sys.modules.setdefault("torchvision", None)
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -2322,11 +2323,12 @@ def main(arguments: list[str] | None = None) -> int:
     except ExperimentError as error:
         print(f"error: {error}".replace("error: the runs:", "the runs:"), file=sys.stderr)
         return 1
-    except OSError as error:
-        where = f" at {error.filename}" if error.filename else ""
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+        reason = getattr(error, "strerror", None) or str(error)
+        where = f" at {error.filename}" if getattr(error, "filename", None) else ""
         print(
-            f"error: {error.strerror or error}{where}: free space or fix the folder, then run the "
-            "same command again; what was written before is still valid",
+            f"error: {reason}{where}: free space or fix the folder, then run the same command again "
+            "(what was written before is still valid)",
             file=sys.stderr,
         )
         return 1

@@ -150,7 +150,7 @@ def test_a_full_disk_is_one_clear_sentence_wherever_it_fills_up(
     folder = tmp_path / "run_7"
     assert not (folder / "final_info.json").exists()
     for name in written:
-        assert 0 < (folder / name).stat().st_size <= bytes_allowed or name not in written
+        assert 0 < (folder / name).stat().st_size <= bytes_allowed
     json.loads((folder / "config.json").read_text())
 
 
@@ -185,20 +185,12 @@ def test_a_token_budget_below_one_batch_is_an_error_before_any_work(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["edited"]
 
 
-def texts(*documents: str) -> str:
-    """A patch: these documents and no others.  PROSE is in the key of the cached tokens."""
-    return f"experiment.PROSE = (0,); experiment.training_documents = lambda _: {documents!r}"
-
-
 def test_a_text_that_ends_before_training_does_is_an_error_and_no_result(run, finished, tmp_path):
-    process = run("--out_dir=run_7", patch=texts("The film was good and the news was not. " * 300))
+    few = "['The film was good and the news was not. ' * 300]"
+    # PROSE is in the key of the cached tokens.
+    patch = f"experiment.PROSE = (0,); experiment.training_documents = lambda scale: {few}"
+    process = run("--out_dir=run_7", patch=patch)
     assert_refused(process, "the text of scale 'tiny'", "lower training_tokens or add text")
-    assert not (tmp_path / "run_7" / "final_info.json").exists()
-
-
-def test_a_text_that_leaves_nothing_to_train_on_is_an_error(run, tmp_path):
-    process = run("--out_dir=run_7", patch=texts("The film was good."), cache=tmp_path / "cache")
-    assert_refused(process, "the text of scale 'tiny'", "nothing is left to train on")
     assert not (tmp_path / "run_7" / "final_info.json").exists()
 
 
@@ -378,6 +370,17 @@ def test_a_foreign_config_is_an_error_and_stays(run, tmp_path):
     assert (tmp_path / "run_1" / "config.json").read_text() == '{"theirs": 1'
 
 
+def test_results_of_another_program_are_refused_and_stay(run, tmp_path):
+    """A folder this program wrote has a config.json from its first moment on."""
+    for name in ("final_info.json", "sae/mine.txt", "eval/mine.txt"):
+        (tmp_path / "run_1" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run_1" / name).write_text("theirs")
+    before = tiny.tree(tmp_path)
+    patch = "experiment.load_language_model = lambda scale: sys.exit('work has begun')"
+    assert_refused(run("--out_dir=run_1", patch=patch), "run_1", "config.json")
+    assert tiny.tree(tmp_path) == before
+
+
 @pytest.fixture(scope="module")
 def again(scale, finished, tmp_path_factory) -> SimpleNamespace:
     """The same command with an empty cache, in a folder where an execution was killed.
@@ -461,30 +464,24 @@ def test_adaptive_cosine_only_and_learned_runs_finish(others, name, extra):
         assert config["norm_exponent"] == pytest.approx(records[-1]["norm_exponent"][0], abs=0.01)
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_seed_and_values(run, scale, tmp_path):
-    process = run("--out_dir=run_7", scale=experiment.replace(scale, learning_rate=1e30))
+def test_a_loss_that_is_not_finite_stops_with_step_seed_and_values(run, tmp_path):
+    spoil = "\n".join(
+        [
+            "step = experiment.Trainer.step",
+            "def spoiled(self, x):",
+            "    if self.steps_done == 3: self.sae.b_dec.data[1] = 1e30",
+            "    return step(self, x)",
+            "experiment.Trainer.step = spoiled",
+        ]
+    )
+    process = run("--out_dir=run_7", patch=spoil)
     assert_refused(process, "the loss is ", "nothing was evaluated")
     assert re.search(
-        r"the loss is (inf|nan) at step \d+, layer 1, seed \d "
-        r"\(mse=\S+, l1=\S+, lambda=\S+, grad_norm=\S+\)",
+        r"the loss is inf at step 3, layer 1, seed 1 "
+        r"\(mse=inf, l1=\S+, lambda=0\.0\d+, grad_norm=\S+\)",
         process.stderr,
     )
     left = {p.name for p in (tmp_path / "run_7").iterdir()}
     assert left == {".lock", "config.json", "experiment.py", "training_log.jsonl"}
     for line in (tmp_path / "run_7" / "training_log.jsonl").read_text().splitlines():
         json.loads(line)
-
-
-def test_one_bad_seed_is_named(run, tmp_path):
-    spoil = "\n".join(
-        [
-            "step = experiment.Trainer.step",
-            "def spoiled(self, x):",
-            "    if self.steps_done == 3: self.sae.b_enc.data[1] = float('nan')",
-            "    return step(self, x)",
-            "experiment.Trainer.step = spoiled",
-        ]
-    )
-    process = run("--out_dir=run_7", patch=spoil)
-    assert_refused(process, "the loss is nan at step 3, layer 1, seed 1 ")
-    assert not (tmp_path / "run_7" / "final_info.json").exists()

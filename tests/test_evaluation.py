@@ -377,6 +377,16 @@ def test_the_text_to_train_on_shares_no_run_of_8_words_with_any_probing_text(pro
     assert 0 < len(everything) - len(documents) < 0.2 * len(everything)
 
 
+def test_a_text_that_leaves_nothing_to_train_on_is_an_error(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("COSINE_SAE_CACHE", str(tmp_path))
+    sentence = "The film was good and the news was not. "
+    for repeats, heldout in ((1, 1), (100, 10_000)):
+        monkeypatch.setattr(experiment, "training_documents", lambda _, n=repeats: [sentence * n])
+        scale = tiny.tiny_scale(trained.scale.language_model, heldout_contexts=heldout)
+        with pytest.raises(experiment.ExperimentError, match="nothing is left to train on"):
+            experiment.training_contexts(scale, trained.lm)
+
+
 TEXTS_OF_ONE_PROCESS = f"""
 import dataclasses, hashlib, sys
 sys.path.insert(0, {str(tiny.ROOT)!r})
