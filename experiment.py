@@ -2327,8 +2327,8 @@ def main(arguments: list[str] | None = None) -> int:
         reason = getattr(error, "strerror", None) or str(error)
         where = f" at {error.filename}" if getattr(error, "filename", None) else ""
         print(
-            f"error: {reason}{where}: free space or fix the folder, then run the same command again "
-            "(what was written before is still valid)",
+            f"error: {reason}{where}: free space or fix the folder, then run the same command "
+            "again (what was written before is still valid)",
             file=sys.stderr,
         )
         return 1
