@@ -2200,10 +2200,19 @@ def differences(old: object, new: object, path: str = "") -> list[str]:
     return [] if old == new else [f"{path} is {old!r} there and {new!r} now"]
 
 
+WRITTEN = ("training_log.jsonl", "sae", "eval")  # between config.json and final_info.json
+
+
 def check_folder(out_dir: Path, identity: dict) -> bool:
     """Whether the run is finished.  Raises if the folder belongs to another configuration."""
     config = out_dir / "config.json"
     if not config.exists():
+        others = [n for n in ("final_info.json", *WRITTEN) if (out_dir / n).exists()]
+        require(
+            not others,
+            f"{out_dir} holds {', '.join(others)} but no config.json, so it is not a run of this "
+            "program: move it away or delete it",
+        )
         return False
     try:
         there = json.loads(config.read_text(encoding="utf-8"))
@@ -2244,7 +2253,7 @@ def execute(out_dir: Path, name: str, run: Run, scale: Scale) -> None:
     if check_folder(out_dir, identity):
         say(f"{out_dir} is finished (final_info.json is there): nothing to do")
         return
-    for leftover in ("training_log.jsonl", "sae", "eval"):  # of an execution that did not finish
+    for leftover in WRITTEN:  # by an execution that did not finish
         path = out_dir / leftover
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     config = identity | {

@@ -114,7 +114,7 @@ def test_the_model_reads_english_as_a_trained_model_does(finished, cache, monkey
     assert tokens[0, 0] == lm.tokenizer.bos_token_id
     order = experiment.torch.randperm(tokens.shape[1] - 1) + 1
     shuffled = experiment.torch.cat([tokens[:, :1], tokens[:, order]], dim=1)
-    assert lm.cross_entropy(tokens) < 2.5
+    assert lm.cross_entropy(tokens) < 2.6
     assert lm.cross_entropy(shuffled) > 5
     residuals = lm.residuals(tokens)[8]
     assert tuple(residuals.shape) == (*tokens.shape, 576)
