@@ -915,8 +915,8 @@ def probing_task(name: str, train_size: int, test_size: int) -> tuple[dict, dict
     """Texts for training and testing probes: {class: [train_size]}, {class: [test_size]}.
 
     The files hold different cuts of the same pages: a text is refused if more than a third of its
-    shingles were seen in this task before.  This looks one way only: a short text that came first is
-    not compared with a longer one that holds it (known gap, counted in notes.txt).
+    shingles were seen in this task before.  This looks one way only: a short text that came first
+    is not compared with a longer one that holds it (known gap, counted in notes.txt).
     """
     require(name in TASKS, f"task {name!r} is not one of {', '.join(TASKS)}")
     classes = TASKS[name]
