@@ -1113,7 +1113,7 @@ def learning_rate_at(scale: Scale, step: int) -> float:
     """Linear warm-up, constant, and a linear fall that reaches 0 just after the last step."""
     warm = min(1.0, (step + 1) / max(1, scale.warmup_steps))
     left = (scale.total_steps - step) / max(1.0, scale.decay_fraction * scale.total_steps)
-    return scale.learning_rate * min(warm, 1.0, left)
+    return scale.learning_rate * min(warm, left)
 
 
 class Trainer:
