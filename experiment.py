@@ -24,6 +24,7 @@ Shape letters: S seeds, B tokens of a batch, N tokens or words, L positions, D d
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import fcntl
 import hashlib
@@ -1379,6 +1380,11 @@ class Ranks:
         mine = n_lanes // self.world
         return range(self.rank * mine, (self.rank + 1) * mine)
 
+    def part(self) -> None:
+        """The end of what is done together."""
+        if self.world > 1:
+            dist.destroy_process_group()
+
     def average_(self, *tensors: torch.Tensor) -> None:
         """Each tensor becomes its mean over the processes."""
         for tensor in tensors if self.world > 1 else ():
@@ -1852,6 +1858,16 @@ def register_with_sae_lens() -> type:
             z = self.hook_sae_acts_pre(z.view(*x.shape[:-1], -1))
             return self.hook_sae_acts_post(z.relu_())
 
+        def encode_at(self, x: torch.Tensor, alphas: list[float]) -> list[torch.Tensor]:
+            """encode() of x [N, D] at several alphas, all of them for one large matmul."""
+            x_c = self.process_sae_in(x)
+            score = x_c @ self.W_enc
+            r = x_c.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+            token = self.cfg.cosine_scale * r ** (self.cfg.norm_exponent - 1)
+            unit = self.gate / self.W_enc.norm(dim=0)
+            gains = (a * self.gate + (1 - a) * token * unit for a in alphas)
+            return [torch.addcmul(self.b_enc, score, gain).relu_() for gain in gains]
+
         def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
             return self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
 
@@ -1882,15 +1898,20 @@ def sae_lens_config(lm: LanguageModel, scale: Scale, layer: int, blend: dict) ->
     }
 
 
-def load_sae(folder: Path, alpha: float | None = None):
-    """A saved SAE as SAELens loads it, optionally with alpha swapped at read time."""
+def load_sae(folder: Path):
+    """A saved SAE as SAELens loads it."""
     import sae_lens
 
     register_with_sae_lens()
-    sae = sae_lens.SAE.load_from_disk(folder)
-    if alpha is not None:
-        sae.cfg.alpha = alpha
-    return sae
+    return sae_lens.SAE.load_from_disk(folder)
+
+
+def read_out(sae, alpha: float):
+    """The same SAE, its weights shared, with alpha swapped at read time."""
+    swapped = copy.copy(sae)
+    swapped.cfg = copy.deepcopy(sae.cfg)
+    swapped.cfg.alpha = alpha
+    return swapped
 
 
 def as_hooked_transformer(lm: LanguageModel, dtype: torch.dtype, remember: bool = False):
@@ -2140,8 +2161,16 @@ class ProbingTexts:
         }
         for owner, rows in chunks:
             for i, layer in enumerate(self.lm.layers):
+                alike: dict[int, list] = {}  # read-outs of the same weights
                 for sae in self.saes.get(layer, ()):
-                    means[layer, id(sae)].add(owner, sae.encode(rows[:, i].to(sae.dtype)))
+                    alike.setdefault(id(sae.W_enc), []).append(sae)
+                for first, *others in alike.values():
+                    x = rows[:, i].to(first.dtype)
+                    latents = [first.encode(x)]
+                    if others:
+                        latents += first.encode_at(x, [sae.cfg.alpha for sae in others])
+                    for sae, f in zip((first, *others), latents, strict=True):
+                        means[layer, id(sae)].add(owner, f)
         digest, dtype = handle.split("/")[1], getattr(torch, self.scale.evaluation_dtype)
         for (layer, sae), mean in means.items():
             self.latents[f"{layer}/{digest}", sae] = mean.result().to("cpu", dtype)
@@ -2322,22 +2351,21 @@ def evaluate_probing(
     lm: LanguageModel,
     saved: dict[int, dict[str, Path]],
     folder: Path,
-    alphas: Iterable[float | None] = (None,),
+    alphas: Iterable[float] = (),
 ) -> dict[tuple[int, float | None], list[dict]]:
-    """SAE-Bench sparse_probing of the saved SAEs {layer: {name: folder}}, each read out with every
-    one of `alphas` (None: its own): {(layer, alpha): one result per SAE}.
+    """SAE-Bench sparse_probing of the saved SAEs {layer: {name: folder}}, each read out with its
+    own alpha (None) and with every one of `alphas`: {(layer, alpha): one result per SAE}.
 
     SAE-Bench's JSON files land in `folder`.
     """
     artifacts, dtype = probing_artifacts(scale, lm), getattr(torch, scale.evaluation_dtype)
-    saes = {
-        (layer, alpha, name + ("" if alpha is None else f"_readout_{alpha:g}")): load_sae(
-            path, alpha
-        ).to(lm.device, dtype)
-        for alpha in alphas
-        for layer, paths in saved.items()
-        for name, path in paths.items()
-    }
+    saes = {}
+    for layer, paths in saved.items():
+        for name, path in paths.items():
+            own = load_sae(path).to(lm.device, dtype)
+            saes[layer, None, name] = own
+            for alpha in alphas:
+                saes[layer, alpha, f"{name}_readout_{alpha:g}"] = read_out(own, alpha)
     by_layer = {layer: [s for (at, *_), s in saes.items() if at == layer] for layer in saved}
     texts = ProbingTexts(scale, lm, artifacts, by_layer)
     with sae_bench(scale, lm, folder, texts=texts) as bench:
@@ -2451,7 +2479,7 @@ def evaluate(
     Each part that is finished is kept in `finished`, so that a run that is stopped goes on after
     it; the names hold the weights' hashes, so nothing of other weights is ever taken up.
     """
-    out_dir, alphas = finished.parent.parent, (None, *run.readout_alphas)
+    out_dir, alphas = finished.parent.parent, run.readout_alphas
 
     def part(kind: str, names: Iterable[str], compute: Callable[[], object]) -> object:
         digest = hashlib.sha256(" ".join(names).encode()).hexdigest()[:16]
@@ -3114,6 +3142,7 @@ def execute(out_dir: Path, name: str, run: Run, scale: Scale, ranks: Ranks, sign
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     training = Training(scale, run, lm, first_document, ranks, checkpoint)
     training.train(log, checkpoints, signals)
+    ranks.part()
     clock.lap("training")
     if not first:
         return  # the first process evaluates, alone

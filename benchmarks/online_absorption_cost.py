@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
@@ -17,22 +18,30 @@ import torch
 import experiment
 
 
+def noise(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def made_up_words(scale: experiment.Scale, d_in: int) -> dict[str, torch.Tensor]:
+    """What OnlineAbsorption takes: random words, all of which a random probe finds."""
+    words = 2 * scale.online_words
+    probe = {"weight": noise(26, d_in, seed=1), "bias": torch.full((26,), 1e3)}
+    return probe | {
+        "f1": torch.ones(26),
+        "X": noise(words, d_in, seed=2),
+        "y": torch.arange(words) % 26,
+    }
+
+
 def main() -> None:
     scale, d_in = experiment.SCALES["laptop"], 576
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    units = experiment.calibrate(noise(20_000, d_in))
-    trainer = experiment.Trainer(
-        scale, experiment.RUNS["run_1"], 8, units, device=torch.device("cpu")
-    )
-    words = 4 * scale.online_words
-    probe = {"weight": noise(26, d_in), "bias": torch.full((26,), 1e3), "f1": torch.ones(26)}
-    probe |= {"X": noise(words, d_in), "y": torch.arange(words) % 26}
-    online = experiment.OnlineAbsorption(probe, scale.online_words)
-    batch = noise(scale.batch_tokens, d_in)
+    units = experiment.calibrate(noise(20_000, d_in, seed=0))
+    with mock.patch.object(experiment, "training_device", lambda: torch.device("cpu")):
+        trainer = experiment.Trainer(
+            scale, experiment.RUNS["run_1"], scale.layers[0], units, experiment.Ranks()
+        )
+    online = experiment.OnlineAbsorption(made_up_words(scale, d_in), scale.online_words)
+    batch = noise(scale.batch_tokens, d_in, seed=3)
     alpha = torch.full((scale.n_seeds, 1, 1), 0.5)
     steps, measurements = [], []
     for repetition in range(12):
