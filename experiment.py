@@ -854,6 +854,7 @@ class LanguageModel:
     ) -> "LanguageModel":
         """A model from a folder or from the hub, on the GPU where there is one."""
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import cached_file
 
         with quiet_transformers():
             config = AutoConfig.from_pretrained(source)
@@ -869,11 +870,12 @@ class LanguageModel:
             )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        files = Path(source).glob("*.safetensors")
-        sums = {path.name: file_sha256(path) for path in sorted(files)}
+        # Of a folder the weights' sums; of a model on the hub its commit, which names its snapshot.
+        files = sorted(Path(source).glob("*.safetensors"))
+        commit = Path(cached_file(source, "config.json")).parent.name
         identity = {
             "model": name,
-            "files": sums or getattr(config, "_commit_hash", None),
+            "files": {path.name: file_sha256(path) for path in files} or commit,
             "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
             "dtype": str(dtype),
             **versions("torch", "transformers", "tokenizers"),
@@ -1574,7 +1576,11 @@ class Trainer:
         self, x: torch.Tensor, alpha: float | torch.Tensor, l0_S: torch.Tensor
     ) -> torch.Tensor | None:
         """L0 of the averaged weights on a batch [S]: they are what is evaluated, and they fire more
-        latents than the weights of the moment, so theirs is the L0 to hold at the target."""
+        latents than the weights of the moment, so theirs is the L0 to hold at the target.
+
+        An average below the weights only lags behind them: that passes, and steering by it would
+        push L0 past the target, so the ratio is at least 1.
+        """
         if not self.average:
             return None
         names = [name for name, _ in self.sae.named_parameters()]
@@ -1582,7 +1588,7 @@ class Trainer:
         inputs = (x, alpha, self.lambda_S, self.dtype)
         average_S = torch.func.functional_call(self.sae, averages, inputs).l0_S
         self.ranks.average_(average_S)
-        self.l0_ratio_S = average_S / l0_S.clamp_min(1e-3)
+        self.l0_ratio_S = (average_S / l0_S.clamp_min(1e-3)).clamp_min(1.0)
         return average_S
 
     def control_sparsity(
