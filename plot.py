@@ -426,13 +426,14 @@ def probing(arms: list[Arm]):
 
 
 def accuracy_by_k(ax, arms: list[Arm]) -> None:
-    channels = [arms[0].value(f"lm_top_{k}")[0] for k in KS]
-    ax.plot(KS, channels, color="0.75", lw=3, zorder=1, label="the model's own channels")
+    asked = [k for k in KS if any(math.isfinite(a.value(f"probing_top_{k}")[0]) for a in arms)]
+    channels = [arms[0].value(f"lm_top_{k}")[0] for k in asked]
+    ax.plot(asked, channels, color="0.75", lw=3, zorder=1, label="the model's own channels")
     for arm in arms:
-        means, errors = zip(*(arm.value(f"probing_top_{k}") for k in KS), strict=True)
-        ax.errorbar(KS, means, yerr=errors, **arm.look)
+        means, errors = zip(*(arm.value(f"probing_top_{k}") for k in asked or KS), strict=True)
+        ax.errorbar(asked or KS, means, yerr=errors, **arm.look)
     ax.set_xscale("log")
-    ax.set_xticks(KS, map(str, KS))
+    ax.set_xticks(asked, map(str, asked))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set(title="accuracy ↑ by number of latents k", xlabel="k")
     ax.legend(loc="lower right")

@@ -152,16 +152,20 @@ def test_each_seed_has_its_own_lambda():
     torch.testing.assert_close(found, torch.tensor([0.04, 0.04 * factor, 0.1 * factor]))
 
 
-def simulated_l0(power: float, lag: float, steps: int = 800) -> list[float]:
+def simulated_l0(power: float, lag: float, ratio: float = 1.0, steps: int = 800) -> list[float]:
     """L0 under the controller: its logarithm follows -power log(lambda), `lag` steps behind.
 
     The target tightens from 1152 to 36 in the first 30% of the steps, as it does in training.
     """
     scale = experiment.Scale(
-        "plant", "none", "none", (0,), steps, 1, target_l0=36.0, initial_l0=1152.0,
-        tightening_fraction=0.3,
+        "plant", "none", "sae-probes", (0,), steps, 1, target_l0=36.0, initial_l0=1152.0,
+        tightening_fraction=0.3, lanes=1,
     )  # fmt: skip
-    trainer = SimpleNamespace(lambda_S=torch.tensor([0.04]), smoothed_l0_S=None)
+    trainer = SimpleNamespace(
+        lambda_S=torch.tensor([0.04]),
+        smoothed_l0_S=torch.tensor([math.nan]),
+        l0_ratio_S=torch.tensor([ratio]),
+    )
     log_l0, found = math.log(1152), []
     for step in range(steps):
         goal = math.log(1152) - power * math.log(trainer.lambda_S.item() / 0.04)
@@ -181,6 +185,108 @@ def test_l0_is_tightened_from_1152_to_36_without_falling_below_half_of_it(power,
     assert found[0] > 1000
     assert min(found) > 18
     assert all(abs(l0 / 36 - 1) < 0.1 for l0 in found[-50:])
+
+
+def test_it_is_the_l0_of_the_averaged_weights_that_is_held_at_the_target():
+    """They fire half as many again: then the weights of the moment are held at 36 / 1.5."""
+    assert all(abs(l0 / 24 - 1) < 0.1 for l0 in simulated_l0(1.0, 10.0, ratio=1.5)[-50:])
+
+
+def test_the_controller_sees_l0_times_its_ratio_smoothed_over_steps():
+    trainer = SimpleNamespace(
+        lambda_S=torch.tensor([0.04, 0.04]),
+        smoothed_l0_S=torch.tensor([math.nan, math.nan]),
+        l0_ratio_S=torch.tensor([1.0, 1.8]),
+    )
+    target = torch.tensor([10.0, 10.0])
+    experiment.Trainer.control_sparsity(trainer, torch.tensor([10.0, 10.0]), target)
+    assert trainer.smoothed_l0_S.tolist() == pytest.approx([10.0, 18.0]), "the first as it is"
+    assert trainer.lambda_S.tolist() == pytest.approx([0.04, 0.04 * 1.8**0.05])
+    experiment.Trainer.control_sparsity(trainer, torch.tensor([20.0, 20.0]), target)
+    smoothed = [0.8 * 10 + 0.2 * 20, 0.8 * 18 + 0.2 * 36]
+    assert trainer.smoothed_l0_S.tolist() == pytest.approx(smoothed)
+    # 21.6 is twice its target, and 0.77 in log, below the limit of 1.
+    factors = [1.2**0.05, (1.8 * 2.16) ** 0.05]
+    assert trainer.lambda_S.tolist() == pytest.approx([0.04 * factor for factor in factors])
+
+
+# ── The average's L0 ────────────────────────────────────────────────────────────────────────────
+
+
+def trainer_of(run: experiment.Run, **changes) -> experiment.Trainer:
+    values = {
+        "training_tokens": 20 * 64, "batch_tokens": 64, "d_sae": 32, "n_seeds": 2, "lanes": 4,
+        "target_l0": 4.0, "initial_l0": 16.0, "learning_rate": 0.05, "warmup_steps": 0,
+        "ema_horizon_fraction": 0.5, "training_dtype": "float32", "online_every": 3,
+    }  # fmt: skip
+    scale = experiment.Scale("tiny", "none", "sae-probes", (1,), **values | changes)
+    units = experiment.calibrate(batch(0))
+    return experiment.Trainer(scale, run, 1, units, experiment.Ranks())
+
+
+def batch(seed: int) -> torch.Tensor:
+    return 5 * randn(64, 8, seed=seed) + 1
+
+
+@pytest.mark.parametrize("name", ["run_1", "run_3"])
+def test_the_measured_l0_of_the_average_is_what_the_averaged_weights_do_on_that_batch(name):
+    trainer = trainer_of(experiment.RUNS[name])
+    for seed in range(8):
+        trainer.step(batch(seed))
+    own = [p.detach().clone() for p in trainer.sae.parameters()]
+    x = batch(9).to(trainer.device) * trainer.units.scale
+    alpha, l0_S = torch.full((2, 1, 1), 0.4, device=trainer.device), torch.tensor([2.0, 5.0])
+    inputs = x, alpha, trainer.lambda_S
+    found = trainer.measure_average(x, alpha, l0_S.to(trainer.device))
+    with trainer.average.applied():
+        expected = trainer.sae(*inputs).l0_S
+    assert torch.equal(found, expected)
+    assert not torch.allclose(found, trainer.sae(*inputs).l0_S, rtol=1e-3), "not the weights' own"
+    torch.testing.assert_close(
+        trainer.l0_ratio_S, (expected / l0_S.to(trainer.device)).clamp_min(1.0)
+    )
+    trainer.measure_average(x, alpha, torch.stack([2 * expected[0], expected[1] / 1.5]))
+    assert trainer.l0_ratio_S.tolist() == pytest.approx([1.0, 1.5]), "one that lags is passed over"
+    for p, before in zip(trainer.sae.parameters(), own, strict=True):
+        assert torch.equal(p, before)
+
+
+def test_a_run_with_an_average_measures_it_now_and_then_and_holds_it_in_between():
+    trainer, seen = trainer_of(experiment.RUNS["run_1"]), []
+    control = trainer.control_sparsity
+    trainer.control_sparsity = lambda l0_S, target_S: (
+        seen.append((l0_S * trainer.l0_ratio_S).clone()),
+        control(l0_S, target_S),
+    )
+    records = [trainer.step(batch(seed)) for seed in range(20)]
+    measured = [r["step"] for r in records if r["l0_average"] is not None]
+    assert measured == [0, 3, 6, 9, 12, 15, 18, 19]
+    for step in measured:
+        larger = torch.maximum(records[step]["l0_average"], records[step]["l0"])
+        torch.testing.assert_close(seen[step], larger)
+    ratios = {step: seen[step] / records[step]["l0"] for step in measured}
+    for step in set(range(20)) - set(measured):  # the last ratio that was measured
+        held = ratios[max(i for i in measured if i < step)]
+        torch.testing.assert_close(seen[step], records[step]["l0"] * held)
+    assert max(ratio.max() for ratio in ratios.values()) > 1.02, "there was something to hold"
+
+
+def test_a_run_without_an_average_holds_the_weights_own_l0():
+    trainer = trainer_of(experiment.RUNS["run_9"])
+    records = [trainer.step(batch(seed)) for seed in range(4)]
+    assert {r["l0_average"] for r in records} == {None}
+    assert trainer.l0_ratio_S.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_trainer_computes_in_the_dtype_of_its_scale(dtype):
+    trainer, seen = trainer_of(experiment.RUNS["run_1"], training_dtype=dtype), []
+    encode = trainer.sae.encode
+    trainer.sae.encode = lambda x, alpha, dtype: (seen.append(dtype), encode(x, alpha, dtype))[1]
+    record = trainer.step(batch(0))
+    assert set(seen) == {getattr(torch, dtype)}
+    assert record["loss"].dtype == torch.float32
+    assert {p.dtype for p in trainer.sae.parameters()} == {torch.float32}
 
 
 # ── Adaptive pace ───────────────────────────────────────────────────────────────────────────────

@@ -1,6 +1,8 @@
 """LanguageModel computes what Hugging Face's whole model and TransformerLens' compute."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,28 +15,44 @@ from experiment import ExperimentError, LanguageModel
 LAYERS = (0, 2)
 
 
+def load(folder: Path, layers: tuple[int, ...], dtype=torch.float32) -> LanguageModel:
+    return LanguageModel.load(folder, "tiny", layers, dtype)
+
+
 def tokens_for(model, rows: int = 3, length: int = 20) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(4, model.config.vocab_size, (rows, length), generator=generator)
 
 
 def whole(folder: Path):
-    """The same model as Hugging Face loads it, in float32, in one piece."""
+    """The same model as Hugging Face loads it, in float32, in one piece and written out."""
     from transformers import AutoModelForCausalLM
 
     with experiment.quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
 
 
 @pytest.fixture(scope="module")
 def neox(tmp_path_factory) -> Path:
-    """A tiny random GPT-NeoX (Pythia's architecture) with our tokenizer."""
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    """A tiny random GPT-NeoX with Pythia's tokenizer's ways: one special token, none put before a
+    text, none for padding, and padding on the left."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("models") / "tiny-neox"
+    names = ["<|endoftext|>", *(f"w{i}" for i in range(300))]
+    words = {name: i for i, name in enumerate(names)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, padding_side="left", **special
+    ).save_pretrained(folder)
     config = GPTNeoXConfig(
-        vocab_size=len(tiny.make_tokenizer(folder)),
-        hidden_size=48,
+        vocab_size=len(words),
+        hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -42,18 +60,59 @@ def neox(tmp_path_factory) -> Path:
     )
     with torch.random.fork_rng(devices=[]), experiment.quiet_transformers():
         torch.manual_seed(0)
-        GPTNeoXForCausalLM(config).save_pretrained(folder)
+        model = GPTNeoXForCausalLM(config)
+        for weight in model.parameters():  # biases start at 0, norms at 1
+            weight.data += 0.1 * torch.randn(weight.shape) * (weight.dim() == 1)
+        model.save_pretrained(folder)
     return folder
 
 
-@pytest.fixture(params=["llama", "neox"])
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory) -> Path:
+    """A tiny random Gemma-2 in which everything that is odd about Gemma-2 matters.
+
+    Attention scores come well above their cap, windows are shorter than the texts, and a head is
+    wider than its share of the residual stream.
+    """
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-gemma"
+    config = Gemma2Config(
+        vocab_size=len(tiny.make_tokenizer(folder)),
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=20,
+        sliding_window=8,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=3.0,
+        max_position_embeddings=64,
+    )
+    with torch.random.fork_rng(devices=[]), experiment.quiet_transformers():
+        torch.manual_seed(0)
+        model = Gemma2ForCausalLM(config)
+        for name, weight in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                weight.data *= 12
+            elif "norm" in name:  # 0 at the start, which stands for 1
+                weight.data += 0.3 * torch.randn(weight.shape)
+        model.model.embed_tokens.weight.data *= 6  # tied to the unembedding
+        model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["llama", "neox", "gemma"])
 def folder(request) -> Path:
-    return request.getfixturevalue("tiny_model" if request.param == "llama" else "neox")
+    name = {"llama": "tiny_model"}.get(request.param, request.param)
+    return request.getfixturevalue(name)
 
 
 @torch.no_grad()
 def test_one_pass_gives_every_layers_residuals_as_the_whole_model_computes_them(folder):
-    lm, model = LanguageModel(folder, "tiny", LAYERS, torch.float32), whole(folder)
+    lm, model = load(folder, LAYERS), whole(folder)
     tokens = tokens_for(model)
     hidden = model(tokens, output_hidden_states=True).hidden_states
     found = lm.residuals(tokens)
@@ -66,7 +125,7 @@ def test_one_pass_gives_every_layers_residuals_as_the_whole_model_computes_them(
 
 @torch.no_grad()
 def test_the_last_blocks_residual_stream_is_read_before_the_final_norm(folder):
-    lm, model = LanguageModel(folder, "tiny", (3,), torch.float32), whole(folder)
+    lm, model = load(folder, (3,)), whole(folder)
     tokens, base = tokens_for(model), model.base_model
     seen: list[torch.Tensor] = []
     norm = base.norm if hasattr(base, "norm") else base.final_layer_norm
@@ -78,7 +137,7 @@ def test_the_last_blocks_residual_stream_is_read_before_the_final_norm(folder):
 
 @torch.no_grad()
 def test_cross_entropy_is_hugging_faces_own_loss_of_the_whole_model(folder):
-    lm, model = LanguageModel(folder, "tiny", LAYERS, torch.float32), whole(folder)
+    lm, model = load(folder, LAYERS), whole(folder)
     tokens = tokens_for(model)
     assert math.isclose(
         lm.cross_entropy(tokens), model(tokens, labels=tokens).loss.item(), rel_tol=1e-6
@@ -86,7 +145,7 @@ def test_cross_entropy_is_hugging_faces_own_loss_of_the_whole_model(folder):
 
 
 def test_a_layers_own_residual_in_its_place_changes_nothing_and_zeros_do(folder):
-    lm = LanguageModel(folder, "tiny", LAYERS, torch.float32)
+    lm = load(folder, LAYERS)
     tokens = tokens_for(lm.model)
     own, residuals = lm.cross_entropy(tokens), lm.residuals(tokens)
     for layer in LAYERS:
@@ -101,7 +160,7 @@ def test_a_layers_own_residual_in_its_place_changes_nothing_and_zeros_do(folder)
 @torch.no_grad()
 def test_zeros_in_the_place_of_a_residual_stream_raise_the_cross_entropy(tiny_model):
     """On a model that has learned something: its own text, by a few steps of gradient descent."""
-    lm = LanguageModel(tiny_model, "tiny", (1,), torch.float32)
+    lm = load(tiny_model, (1,))
     tokens = tokens_for(lm.model, rows=4)
     head = lm.model.lm_head.weight
     optimizer = torch.optim.Adam([head.requires_grad_()], lr=1e-2)
@@ -117,7 +176,7 @@ def test_zeros_in_the_place_of_a_residual_stream_raise_the_cross_entropy(tiny_mo
 
 
 def test_the_model_is_cut_again_after_cross_entropy_even_if_it_fails(folder):
-    lm = LanguageModel(folder, "tiny", (1,), torch.float32)
+    lm = load(folder, (1,))
     tokens = tokens_for(lm.model)
     before = lm.residuals(tokens)[1].clone()
     run = []
@@ -134,16 +193,84 @@ def test_the_model_is_cut_again_after_cross_entropy_even_if_it_fails(folder):
 
 
 def test_a_layer_the_model_does_not_have_is_an_experiment_error(tiny_model):
-    LanguageModel(tiny_model, "tiny", (3,), torch.float32)
+    load(tiny_model, (3,))
     with pytest.raises(ExperimentError, match="layer 4 does not exist: tiny has 4 blocks"):
-        LanguageModel(tiny_model, "tiny", (1, 4), torch.float32)
+        load(tiny_model, (1, 4))
 
 
-def test_the_tokenizer_begins_every_text_with_one_bos_as_sae_bench_expects(tiny_model):
-    tokenizer = LanguageModel(tiny_model, "tiny", (1,), torch.float32).tokenizer
-    ids = tokenizer(["\n cat has the first letter:", "x"], padding=True).input_ids
-    assert [row[0] for row in ids] == [tokenizer.bos_token_id] * 2
-    assert [row.count(tokenizer.bos_token_id) for row in ids] == [1, 1]
+def test_the_tokenizer_begins_every_text_with_one_bos_and_pads_at_the_end(folder):
+    """As TransformerLens' do, whatever the saved one does: SAE-Bench counts on both."""
+    tokenizer = load(folder, (1,)).tokenizer
+    long, short = tokenizer(["w1 w2 w3", "w4"], padding=True).input_ids
+    bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
+    assert None not in (bos, pad, tokenizer.eos_token_id)
+    assert long[0] == short[0] == bos
+    padding = len(long) - len(tokenizer("w4").input_ids)
+    assert padding > 0
+    assert short[-padding:] == [pad] * padding
+    assert long.count(bos) == short[:-padding].count(bos) == 1
+    assert bos not in tokenizer("w1 w2 w3", add_special_tokens=False).input_ids
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_its_eos_which_is_never_trained_on(neox):
+    from transformers import AutoTokenizer
+
+    saved = AutoTokenizer.from_pretrained(neox)
+    assert saved.pad_token is None
+    assert saved.padding_side == "left"
+    assert saved("w4").input_ids == [5], "nothing before the text"
+    lm = load(neox, (1,))
+    tokens = lm.tokenizer(["w1 w2", "w4"], padding=True, return_tensors="pt").input_ids
+    assert tokens.tolist() == [[0, 2, 3], [0, 5, 0]]
+    assert lm.is_special(tokens).tolist() == [[True, False, False], [True, False, True]]
+
+
+# ── Memory ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def out_of_memory_above(contexts: int, lm: LanguageModel) -> list[int]:
+    """The GPU holds no more than so many contexts from now on; returns the sizes that are tried."""
+    tried: list[int] = []
+
+    def check(module, arguments):
+        tried.append(len(arguments[0]))
+        if len(arguments[0]) > contexts:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    lm.model.base_model.register_forward_pre_hook(check)
+    return tried
+
+
+def test_a_batch_that_fills_the_memory_is_read_in_halves_with_the_same_result(tiny_model, capsys):
+    lm = load(tiny_model, LAYERS)
+    tokens = tokens_for(lm.model, rows=11)
+    whole_batch = lm.residuals(tokens)
+    tried = out_of_memory_above(3, lm)
+    found = lm.residuals(tokens)
+    # 11 are halved to 5, 5 and 1, and when the first 5 fail each of them to 2, 2 and 1.
+    assert tried == [11, 5, 2, 2, 1, 2, 2, 1, 1]
+    for layer in LAYERS:
+        torch.testing.assert_close(found[layer], whole_batch[layer], rtol=1e-5, atol=1e-5)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" reads ")[1] for line in lines] == [
+        f"{n} contexts at a time" for n in (5, 2)
+    ]
+    assert all(line.startswith("GPU memory is full") for line in lines)
+    tried.clear()
+    lm.residuals(tokens[:4])
+    assert (tried, capsys.readouterr().out) == ([2, 2], ""), "what fits is remembered"
+
+
+def test_one_context_that_does_not_fit_is_an_error_and_nothing_stays_behind(tiny_model, capsys):
+    lm = load(tiny_model, LAYERS)
+    out_of_memory_above(0, lm)
+    with pytest.raises(torch.OutOfMemoryError):
+        lm.residuals(tokens_for(lm.model, rows=4))
+    assert lm._seen == {}
+    assert capsys.readouterr().out.count("GPU memory is full") == 2  # 4, 2, and 1 is the end
+
+
+# ── TransformerLens ─────────────────────────────────────────────────────────────────────────────
 
 
 def hooked_llama(folder: Path):
@@ -212,43 +339,196 @@ def hooked_llama(folder: Path):
     return hooked
 
 
+def hooked_neox(folder: Path):
+    """TransformerLens' model of the same GPT-NeoX weights, unprocessed."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions.neox import convert_neox_weights
+
+    model = whole(folder)
+    c = model.config
+    d_head = c.hidden_size // c.num_attention_heads
+    hooked = HookedTransformer(
+        HookedTransformerConfig(
+            n_layers=c.num_hidden_layers,
+            d_model=c.hidden_size,
+            d_head=d_head,
+            n_heads=c.num_attention_heads,
+            d_mlp=c.intermediate_size,
+            d_vocab=c.vocab_size,
+            n_ctx=c.max_position_embeddings,
+            act_fn="gelu",
+            normalization_type="LN",
+            eps=c.layer_norm_eps,
+            positional_embedding_type="rotary",
+            rotary_dim=int(c.rope_parameters["partial_rotary_factor"] * d_head),
+            rotary_base=c.rope_parameters["rope_theta"],
+            rotary_adjacent_pairs=False,
+            parallel_attn_mlp=c.use_parallel_residual,
+            dtype=torch.float32,
+            device="cpu",
+        )
+    )
+    load_all(hooked, convert_neox_weights(model, hooked.cfg))
+    return hooked
+
+
+def hooked_gemma(folder: Path):
+    """TransformerLens' model of the same Gemma-2 weights, unprocessed."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
+
+    model = whole(folder)
+    c = model.config
+    hooked = HookedTransformer(
+        HookedTransformerConfig(
+            n_layers=c.num_hidden_layers,
+            d_model=c.hidden_size,
+            d_head=c.head_dim,
+            n_heads=c.num_attention_heads,
+            n_key_value_heads=c.num_key_value_heads,
+            d_mlp=c.intermediate_size,
+            d_vocab=c.vocab_size,
+            n_ctx=c.max_position_embeddings,
+            act_fn="gelu_pytorch_tanh",
+            gated_mlp=True,
+            final_rms=True,
+            normalization_type="RMS",
+            eps=c.rms_norm_eps,
+            positional_embedding_type="rotary",
+            rotary_dim=c.head_dim,
+            rotary_base=c.rope_parameters["rope_theta"],
+            rotary_adjacent_pairs=False,
+            use_attn_scale=True,
+            attn_scale=c.query_pre_attn_scalar**0.5,
+            use_local_attn=True,
+            window_size=c.sliding_window,
+            attn_types=["local", "global"] * (c.num_hidden_layers // 2),
+            attn_scores_soft_cap=c.attn_logit_softcapping,
+            output_logits_soft_cap=c.final_logit_softcapping,
+            use_normalization_before_and_after=True,
+            dtype=torch.float32,
+            device="cpu",
+        )
+    )
+    load_all(hooked, convert_gemma_weights(model, hooked.cfg))
+    return hooked
+
+
+def load_all(hooked, state: dict[str, torch.Tensor]) -> None:
+    """Load weights, after checking that TransformerLens' own buffers are all that is missing."""
+    missing, unexpected = hooked.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert not set(missing) & set(dict(hooked.named_parameters()))
+
+
+HOOKED = {"tiny_model": hooked_llama, "neox": hooked_neox, "gemma": hooked_gemma}
+
+
 @torch.no_grad()
-def test_residuals_equal_transformer_lens_resid_post_for_grouped_query_attention(tiny_model):
-    lm, hooked = LanguageModel(tiny_model, "tiny", LAYERS, torch.float32), hooked_llama(tiny_model)
-    assert hooked.cfg.n_key_value_heads == 2 < hooked.cfg.n_heads == 4
-    tokens = tokens_for(lm.model)
+@pytest.mark.parametrize("name", HOOKED)
+def test_one_pass_gives_transformer_lens_resid_post_at_three_layers(name, request):
+    """Of grouped queries, of parallel blocks, and of all that is odd about Gemma-2."""
+    folder = request.getfixturevalue(name)
+    lm, hooked = load(folder, (0, 1, 3)), HOOKED[name](folder)
+    tokens, passes = tokens_for(lm.model), []
     logits, cache = hooked.run_with_cache(tokens)
-    for layer, found in lm.residuals(tokens).items():
+    lm.model.base_model.register_forward_hook(lambda *_: passes.append(None))
+    residuals = lm.residuals(tokens)
+    assert len(passes) == 1
+    for layer in (0, 1, 3):
         theirs = cache[f"blocks.{layer}.hook_resid_post"]
-        assert ((found - theirs).norm() / theirs.norm()).item() < 1e-5
+        assert ((residuals[layer] - theirs).norm() / theirs.norm()).item() < 1e-5
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     assert math.isclose(lm.cross_entropy(tokens), loss.item(), rel_tol=1e-5)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attn_logit_softcapping": 1e6},
+        {"sliding_window": 64},
+        {"query_pre_attn_scalar": 16},
+        {"final_logit_softcapping": 1e6},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_is_odd_about_gemma_is_really_in_effect(gemma, tmp_path, changes):
+    """The comparisons above would be empty on a model where it makes no difference."""
+    folder = shutil.copytree(gemma, tmp_path / "changed")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    lm, other = load(gemma, (2,)), load(folder, (2,))
+    tokens = tokens_for(lm.model)
+    if "final_logit_softcapping" in changes:  # comes after the residual stream
+        assert abs(lm.cross_entropy(tokens) - other.cross_entropy(tokens)) > 0.01
+        return
+    own, theirs = (model.residuals(tokens)[2] for model in (lm, other))
+    assert ((own - theirs).norm() / own.norm()).item() > 0.01
+
+
+@torch.no_grad()
 def test_the_stand_in_answers_sae_bench_as_a_real_hooked_transformer_does(tiny_model):
-    """The three ways SAE-Bench asks: prompts, tokens with padding at the end, hooks."""
+    """Prompts or their tokens, with padding at the end; of the answer, the last six positions."""
     from transformer_lens import HookedTransformer
 
-    lm, hooked = LanguageModel(tiny_model, "tiny", LAYERS, torch.float32), hooked_llama(tiny_model)
+    lm, hooked = load(tiny_model, LAYERS), hooked_llama(tiny_model)
     stand_in = experiment.as_hooked_transformer(lm, torch.float32)
     assert isinstance(stand_in, HookedTransformer)
-    prompts = [" the film has the first letter:", " a news: good"]
+    prompts = [" the film has the first letter:", "\n a news: good"]
     tokens = stand_in.to_tokens(prompts)
     assert tokens.tolist() == lm.tokenizer(prompts, padding=True).input_ids
-    pad = lm.tokenizer.pad_token_id
-    padded = torch.nn.functional.pad(tokens, (0, 3), value=pad)
-    real = tokens != pad
-    name = "blocks.2.hook_resid_post"
-    theirs = hooked.run_with_cache(padded)[1][name][:, : tokens.shape[1]][real]
+    assert tokens.shape == (2, 8)
+    assert lm.tokenizer.pad_token_id in tokens[1, -6:]
+    theirs = hooked.run_with_cache(tokens)[1]
+    for layer in LAYERS:
+        name = f"blocks.{layer}.hook_resid_post"
+        _, cache = stand_in.run_with_cache(prompts, names_filter=[name])
+        assert cache[name].shape == (2, 6, lm.d_in)
+        for position in range(-6, 0):
+            real = tokens[:, position] != lm.tokenizer.pad_token_id
+            expected, found = (acts[name][:, position][real] for acts in (theirs, cache))
+            assert ((found - expected).norm() / expected.norm()).item() < 1e-5
+    # A single text is a batch of one.
+    alone = stand_in.run_with_cache(prompts[0])[1]["blocks.2.hook_resid_post"]
+    torch.testing.assert_close(alone[0], cache["blocks.2.hook_resid_post"][0], rtol=1e-5, atol=1e-5)
 
-    hooks: list[torch.Tensor] = []
-    stand_in.run_with_hooks(padded, fwd_hooks=[(name, lambda acts, hook: hooks.append(acts))])
-    for acts in (
-        stand_in.run_with_cache(prompts, names_filter=[name])[1][name],
-        stand_in.run_with_cache(padded)[1][name],
-        hooks[0],
-    ):
-        ours = acts[:, : tokens.shape[1]][real]
-        assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-5
-    assert hooks[0].shape[:2] == padded.shape
+
+def test_remembered_prompts_are_asked_of_the_model_once(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("COSINE_SAE_CACHE", str(tmp_path))
+    lm = load(tiny_model, LAYERS)
+    passes: list[None] = []
+    lm.model.base_model.register_forward_hook(lambda *_: passes.append(None))
+    stand_in = experiment.as_hooked_transformer(lm, torch.bfloat16, remember=True)
+    prompts = [" the film has the first letter:"] * 2
+    first = stand_in.run_with_cache(prompts)[1]
+    again = stand_in.run_with_cache(prompts)[1]
+    assert len(passes) == 1
+    assert first.keys() == again.keys() == {f"blocks.{i}.hook_resid_post" for i in LAYERS}
+    for name, acts in first.items():
+        assert acts.dtype == torch.bfloat16
+        assert torch.equal(acts, again[name])
+    stand_in.run_with_cache(prompts[:1])
+    assert len(passes) == 2, "other prompts"
+
+
+# ── What cached activations depend on ───────────────────────────────────────────────────────────
+
+
+def test_the_identity_of_a_model_names_its_weights_its_tokenizer_and_its_dtype(
+    tiny_model, tmp_path
+):
+    before = load(tiny_model, (1,)).identity
+    assert before["files"] == {
+        "model.safetensors": experiment.file_sha256(tiny_model / "model.safetensors")
+    }
+    assert load(tiny_model, (0, 2)).identity == before, "layers are named where they matter"
+    assert load(tiny_model, (1,), torch.bfloat16).identity != before
+    folder = shutil.copytree(tiny_model, tmp_path / "changed")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    a, b = list(vocabulary)[-2:]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    changed = load(folder, (1,)).identity
+    assert {name for name in before if changed[name] != before[name]} == {"tokenizer"}

@@ -30,3 +30,16 @@ def test_on_a_terminal_progress_is_a_bar_on_stderr_and_nothing_on_stdout(monkeyp
     assert list(experiment.progress_bar(range(6), 6, "step")) == list(range(6))
     assert "step" in terminal.getvalue() and "\r" in terminal.getvalue()
     assert capsys.readouterr().out == ""
+
+
+def test_progress_that_was_begun_before_goes_on_counting_where_it_stood(monkeypatch, capsys):
+    ticks = itertools.count(step=40)
+    monkeypatch.setattr(experiment.time, "monotonic", lambda: next(ticks))
+    assert list(experiment.progress_bar("de", 5, "step", done=3)) == ["d", "e"]
+    assert capsys.readouterr().out.splitlines() == ["step: 4/5", "step: 5/5"]
+    monkeypatch.undo()
+    terminal = Terminal()
+    monkeypatch.setattr(experiment.sys, "stderr", terminal)
+    bar = experiment.progress_bar("de", 5, "step", done=3)
+    next(bar)
+    assert "| 3/5 " in terminal.getvalue()

@@ -265,7 +265,14 @@ def test_missing_absorption_has_the_same_names_and_no_values():
 
 def scale(n_seeds: int) -> experiment.Scale:
     return experiment.Scale(
-        "tiny", "none", "none", (0,), 2048, n_seeds=n_seeds, k_values=(1, 2), tasks=("code", "news")
+        "tiny",
+        "none",
+        "sae-probes",
+        (0,),
+        2048,
+        n_seeds=n_seeds,
+        k_values=(1, 2),
+        tasks=("code", "news"),
     )
 
 
@@ -328,6 +335,22 @@ def test_means_and_errors_of_a_layer_come_from_its_values_per_seed():
     assert stderrs["probing_top_1_sd_over_seeds"] is None
     for name, values in found["final_info_dict"].items():
         assert means[name] == pytest.approx(sum(values) / 3), name
+
+
+def test_agreement_between_seeds_has_a_mean_and_no_standard_error():
+    """Its values are of pairs, and two pairs share a seed."""
+    found = experiment.layer_results(**made_up())
+    without = {name for name, error in found["stderrs"].items() if error is None}
+    assert without == {
+        "decoder_pw_mcc",
+        "decoder_pw_mcc_null",
+        "absorption_full_rank_correlation",
+        "absorption_fraction_rank_correlation",
+        "absorption_full_sd_over_seeds",
+        "absorption_fraction_sd_over_seeds",
+        "probing_top_1_sd_over_seeds",
+    }
+    assert None not in [found["means"][name] for name in without]
 
 
 def test_the_results_of_a_layer_keep_what_paired_comparisons_need():

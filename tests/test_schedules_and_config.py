@@ -3,6 +3,8 @@
 import math
 from dataclasses import asdict, fields, replace
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,11 +24,11 @@ BY_HAND = {
 
 
 def scale(**changes) -> experiment.Scale:
-    """100 steps of 10 tokens, every number that a test uses written out."""
+    """100 steps of 10 tokens in 2 lanes, every number that a test uses written out."""
     values = {
         "name": "tiny",
         "language_model": "none",
-        "text": "none",
+        "text": "sae-probes",
         "layers": (0,),
         "training_tokens": 1000,
         "batch_tokens": 10,
@@ -39,6 +41,7 @@ def scale(**changes) -> experiment.Scale:
         "initial_l0": 64.0,
         "tightening_fraction": 0.5,
         "ema_horizon_fraction": 0.05,
+        "lanes": 2,
     }
     return experiment.Scale(**values | changes)
 
@@ -173,12 +176,13 @@ NUMBERS = [
     for f in fields(experiment.Scale)
     if f.type in (int, float, int | None) and f.name != "keep_activations"
 ]
-MAY_BE_ZERO = {"warmup_steps", "decay_fraction", "evaluation_seed"}
+MAY_BE_ZERO = {"warmup_steps", "decay_fraction", "evaluation_seed", "checkpoint_seconds"}
 
 
 def test_the_numbers_of_a_scale_are_all_found():
-    assert len(NUMBERS) >= 22, "the tests below cover only these"
+    assert len(NUMBERS) >= 24, "the tests below cover only these"
     assert {"training_tokens", "absorption_words", "gate_init", "online_every"} < set(NUMBERS)
+    assert {"lanes", "checkpoint_seconds"} < set(NUMBERS)
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -206,11 +210,28 @@ def test_a_fraction_above_1_is_refused_by_name(name):
     assert getattr(scale(**{name: 1.0}), name) == 1.0
 
 
+@pytest.mark.parametrize("name", [f.name for f in fields(experiment.Scale) if f.type is int])
+@pytest.mark.parametrize("value", [4.0, 3.5, True, "4"])
+def test_a_number_of_things_that_is_no_whole_number_is_refused_by_name(name, value):
+    with pytest.raises(
+        experiment.ExperimentError, match=f"{name}={value!r} must be a whole number"
+    ):
+        scale(**{name: value})
+
+
 @pytest.mark.parametrize(
     ("named", "changes"),
     [
         ("layers", {"layers": ()}),
         ("layers", {"layers": (3, -1)}),
+        ("layers", {"layers": (3, 3)}),
+        ("k_values", {"k_values": ()}),
+        ("k_values", {"k_values": (0, 1)}),
+        ("batch_tokens=10 must be a multiple of lanes=4", {"lanes": 4}),
+        ("block_contexts=12 must be a multiple of lanes=5", {"lanes": 5, "block_contexts": 12}),
+        ("training_dtype", {"training_dtype": "float16"}),
+        ("text='openwebtext' must be", {"text": "openwebtext"}),
+        ("text='a/b@main@' must be", {"text": "a/b@main@"}),
         ("context_length", {"context_length": 1}),
         ("target_l0", {"target_l0": 64.0}),
         ("target_l0", {"target_l0": 100.0}),
@@ -308,12 +329,135 @@ def test_the_environment_overrides_the_machine(monkeypatch):
     assert experiment.choose_scale() == scale()
 
 
+def test_with_a_gpu_the_large_scale_is_chosen(monkeypatch):
+    monkeypatch.delenv("EXPERIMENT_SCALE", raising=False)
+    monkeypatch.setattr(experiment.torch.cuda, "is_available", lambda: True)
+    assert experiment.choose_scale() is experiment.SCALES["gemma-2-2b"]
+    monkeypatch.setenv("EXPERIMENT_SCALE", "laptop")
+    assert experiment.choose_scale() is experiment.SCALES["laptop"]
+
+
 def test_an_unknown_scale_is_refused_with_the_names_there_are(monkeypatch):
     monkeypatch.setenv("EXPERIMENT_SCALE", "desktop")
-    with pytest.raises(experiment.ExperimentError, match=r"EXPERIMENT_SCALE='desktop'.*laptop"):
+    with pytest.raises(experiment.ExperimentError, match="EXPERIMENT_SCALE='desktop'") as error:
         experiment.choose_scale()
+    assert all(name in str(error.value) for name in ("laptop", "pythia-70m", "gemma-2-2b"))
+    assert set(experiment.SCALES) == {"laptop", "pythia-70m", "gemma-2-2b"}
 
 
 def test_every_scale_carries_its_own_name():
     assert all(name == s.name for name, s in experiment.SCALES.items())
     assert replace(experiment.SCALES["laptop"], name="copy").name == "copy"
+
+
+@pytest.mark.parametrize("name", ["pythia-70m", "gemma-2-2b"])
+def test_the_scales_of_the_hub_are_scored_by_the_official_protocol(name):
+    """SAE-Bench's own defaults, whose sizes are a part of what its numbers mean."""
+    from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
+    from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
+
+    s, official = experiment.SCALES[name], SparseProbingEvalConfig()
+    assert s.tasks == tuple(official.dataset_names)
+    assert s.probe_train_set_size == official.probe_train_set_size
+    assert s.probe_test_set_size == official.probe_test_set_size
+    assert s.context_length == official.context_length
+    assert set(s.k_values) > set(official.k_values)  # every k is scored by itself
+    assert s.evaluation_seed == official.random_seed == AbsorptionEvalConfig().random_seed
+    assert s.absorption_words is None
+    assert s.evaluation_dtype == {"pythia-70m": "float32", "gemma-2-2b": "bfloat16"}[name]
+    assert not s.keep_activations, "3 layers of 10 million tokens would be 138 GB"
+
+
+@pytest.mark.parametrize("name", ["pythia-70m", "gemma-2-2b"])
+def test_the_text_of_the_hub_is_pinned_to_one_state_of_it(name):
+    dataset, revision = experiment.SCALES[name].text.split("@")
+    assert dataset == "Skylion007/openwebtext"
+    assert len(revision) == 40 and set(revision) <= set("0123456789abcdef")
+
+
+def test_the_large_scale_reads_three_layers_and_many_processes_can_share_it():
+    s = experiment.SCALES["gemma-2-2b"]
+    assert (s.language_model, s.layers, s.d_sae) == ("google/gemma-2-2b", (5, 12, 19), 2304)
+    assert s.total_steps * s.batch_tokens <= 10_000_000 < (s.total_steps + 1) * s.batch_tokens
+    for processes in (2, 4, 8, 16):
+        assert s.lanes % processes == 0
+
+
+# ── Before any work ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine with so many GB free: its disks by a part of their path, and its GPU."""
+    from huggingface_hub import constants
+
+    def with_free(disk: float, gpu: float | None = None, **other_disks: float) -> Path:
+        def disk_usage(path):
+            named = [free for part, free in other_disks.items() if part in str(path)]
+            return SimpleNamespace(free=1e9 * (named or [disk])[0])
+
+        monkeypatch.setattr(experiment.shutil, "disk_usage", disk_usage)
+        cuda = experiment.torch.cuda
+        monkeypatch.setattr(cuda, "is_available", lambda: gpu is not None)
+        monkeypatch.setattr(cuda, "mem_get_info", lambda device: (1e9 * gpu, 80e9))
+        return tmp_path / "not there yet" / "run_1"
+
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("COSINE_SAE_CACHE", str(tmp_path / "cache"))
+    return with_free
+
+
+def complaints(name: str, out_dir: Path) -> list[str]:
+    return list(experiment.not_enough_room(experiment.SCALES[name], out_dir))
+
+
+def test_a_disk_that_holds_everything_must_have_room_for_all_of_it(machine, tmp_path):
+    """Gemma: 10 GB of the hub's, 8 of the cache's, 10 times 9 SAEs of 2 * 2304 * 2304 floats."""
+    assert complaints("gemma-2-2b", machine(disk=21.9)) == []
+    assert complaints("gemma-2-2b", machine(disk=21.7)) == [
+        f"free disk space at {tmp_path}: 21.7 GB of the 22 GB needed"
+    ]
+    # Pythia: 5 + 1, and 10 times 3 SAEs of 2 * 512 * 4096 floats.
+    assert complaints("pythia-70m", machine(disk=6.6)) == []
+    (found,) = complaints("pythia-70m", machine(disk=6.4))
+    assert found.endswith("6.4 GB of the 7 GB needed")
+
+
+def test_several_disks_are_asked_for_what_each_has_to_hold(machine, monkeypatch):
+    shm = Path("/dev/shm")
+    if not shm.is_dir() or shm.stat().st_dev == Path().absolute().stat().st_dev:
+        pytest.skip("there is no second disk here")
+    monkeypatch.setenv("COSINE_SAE_CACHE", str(shm / "not there yet" / "cache"))
+    assert complaints("gemma-2-2b", machine(disk=13.9, shm=8.1)) == []
+    (found,) = complaints("gemma-2-2b", machine(disk=13.9, shm=7.9))
+    assert found == "free disk space at /dev/shm: 7.9 GB of the 8 GB needed"
+    assert len(complaints("gemma-2-2b", machine(disk=13.7, shm=7.9))) == 2
+
+
+def test_the_gpu_must_have_room_for_the_model_the_saes_and_two_blocks(machine):
+    """8 + 5 * 0.382 (9 SAEs) + 2 * 1.812 (131,072 tokens of 3 layers in bfloat16) = 13.5."""
+    assert complaints("gemma-2-2b", machine(disk=99, gpu=13.6)) == []
+    assert complaints("gemma-2-2b", machine(disk=99, gpu=13.4)) == [
+        "free GPU memory: 13.4 GB of about 14 GB needed are free"
+    ]
+    assert complaints("pythia-70m", machine(disk=99, gpu=1.1)) == []
+    assert len(complaints("pythia-70m", machine(disk=1, gpu=0.9))) == 2
+
+
+def test_everything_that_is_missing_is_said_at_once(monkeypatch):
+    monkeypatch.setattr(experiment, "not_to_be_had", lambda scale: iter(["a licence", "a text"]))
+    monkeypatch.setattr(experiment, "not_enough_room", lambda scale, out_dir: iter(["room"]))
+    with pytest.raises(experiment.ExperimentError) as error:
+        experiment.preflight(experiment.SCALES["gemma-2-2b"], Path("run_1"))
+    lines = str(error.value).splitlines()
+    assert lines == ["before this run can start:", "  - a licence", "  - a text", "  - room"]
+    for name in ("not_to_be_had", "not_enough_room"):
+        monkeypatch.setattr(experiment, name, lambda *_: iter(()))
+    experiment.preflight(experiment.SCALES["gemma-2-2b"], Path("run_1"))
+
+
+def test_nothing_is_asked_where_nothing_is_fetched_from_the_hub(monkeypatch, tmp_path):
+    for name in ("not_to_be_had", "not_enough_room"):
+        monkeypatch.setattr(experiment, name, lambda *_: pytest.fail("asked"))
+    for scale_ in (experiment.SCALES["laptop"], scale(), scale(language_model=str(tmp_path))):
+        experiment.preflight(scale_, tmp_path)

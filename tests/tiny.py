@@ -4,14 +4,18 @@ The embedding of make_model() spells the first letter of every word, so that SAE
 first-letter probes work and absorption really runs; everything else in it is small and random.
 """
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -120,6 +124,7 @@ def tiny_scale(folder: Path, **changes) -> experiment.Scale:
         "target_l0": 8.0,
         "initial_l0": 48.0,
         "block_contexts": 64,
+        "lanes": 4,
         "tasks": ("sentiment", "news"),
         "probe_train_set_size": 40,
         "probe_test_set_size": 20,
@@ -187,6 +192,28 @@ def run_script(
         timeout=timeout,
         check=False,
     )
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[experiment.Signals]:
+    """Signals(), as main() has it; what handled signals before does so again afterwards."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        yield experiment.Signals()
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+class Numbers:
+    """A tokenizer of texts that are numbers, with no padding."""
+
+    bos_token_id, eos_token_id = -1, -2
+
+    def __call__(self, texts: list[str], add_special_tokens: bool):
+        assert not add_special_tokens
+        return SimpleNamespace(input_ids=[[int(word) for word in text.split()] for text in texts])
 
 
 def tree(folder: Path) -> dict[str, tuple[str, int]]:

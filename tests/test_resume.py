@@ -1,0 +1,627 @@
+"""Stopping and going on: signals, the log, checkpoints, and trainings that show no seam."""
+
+import contextlib
+import json
+import math
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+import experiment
+from experiment import Checkpoints, Interrupted, Ranks, Signals, Trainer, Training, TrainingLog
+
+
+@pytest.fixture
+def signals():
+    with tiny.signals() as found:
+        yield found
+
+
+def stop_me(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+
+
+# ── One process, or several ─────────────────────────────────────────────────────────────────────
+
+
+def test_a_process_that_is_alone_has_all_lanes_and_nobody_to_ask():
+    ranks, x = Ranks(), torch.tensor([1.0, 2.0])
+    assert (ranks.rank, ranks.world) == (0, 1)
+    assert ranks.lanes(16) == range(16)
+    ranks.average_(x)
+    ranks.largest_(x)
+    assert x.tolist() == [1.0, 2.0]
+    assert ranks.smallest(7) == 7
+    assert ranks.joined(x) is x
+    assert ranks.gathered("mine") == ["mine"]
+    assert ranks.first("mine") == "mine"
+
+
+def test_several_processes_share_the_lanes_without_gaps_or_are_told_how_many_can():
+    shares = []
+    for rank in range(4):
+        ranks = Ranks()
+        ranks.rank, ranks.world = rank, 4
+        shares.append(list(ranks.lanes(16)))
+        with pytest.raises(experiment.ExperimentError, match="4 processes cannot share 6 lanes"):
+            ranks.lanes(6)
+    assert shares == [list(range(4 * rank, 4 * rank + 4)) for rank in range(4)]
+
+
+# ── Signals ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_raised_at_once_or_kept_for_later(signals, number):
+    with pytest.raises(Interrupted) as stop:
+        stop_me(number)
+    assert stop.value.signal_number == signals.received == number
+    assert not isinstance(stop.value, Exception), "nothing that suppresses errors swallows it"
+    signals.received, reached = None, False
+    with signals.kept():
+        with signals.kept():
+            stop_me(number)
+        assert signals.received == number
+        stop_me(number)  # still inside the outer one
+        reached = True
+    assert reached
+    with pytest.raises(Interrupted):
+        stop_me(number)
+
+
+def test_signals_are_raised_again_after_an_error_inside():
+    signals = Signals.__new__(Signals)
+    signals.received, signals.keep = None, False
+    with pytest.raises(KeyError), signals.kept():
+        raise KeyError
+    with pytest.raises(Interrupted):
+        signals._handle(signal.SIGTERM, None)
+
+
+def test_a_thread_that_is_not_the_main_one_leaves_the_handlers_alone():
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=Signals)
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# ── The log ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def written_log(path: Path, steps: int = 3) -> TrainingLog:
+    log = TrainingLog(path, "run_1", {})
+    for step in range(steps):
+        log([{"layer": 1, "step": step, "loss": [0.5 / (step + 1)]}])
+    return log
+
+
+def mark(log: TrainingLog) -> tuple[int, str]:
+    """What a checkpoint holds of a log."""
+    return log.size, log.digest.hexdigest()
+
+
+@pytest.mark.parametrize("after", [b"", b'{"step": 2}\n{"step": 3}\n', b'{"st', b"\xff\x00"])
+def test_the_log_goes_on_after_what_a_checkpoint_knows_of_it(tmp_path, after):
+    first = written_log(tmp_path / "log", 2)
+    known = (tmp_path / "log").read_bytes()
+    assert mark(first)[0] == len(known)
+    with (tmp_path / "log").open("ab") as file:
+        file.write(after)
+    log = TrainingLog(tmp_path / "log", "run_1", {})
+    assert log.take_up(*mark(first))
+    assert (tmp_path / "log").read_bytes() == known, "what follows is cut off"
+    assert log.records == [json.loads(line) for line in known.splitlines()]
+    log([{"layer": 1, "step": 2, "loss": [0.1]}])
+    first([{"layer": 1, "step": 2, "loss": [0.1]}])  # as if it had never stopped
+    assert mark(log) == mark(first)
+    assert log.records == first.records
+
+
+def test_a_log_that_is_not_the_one_that_was_written_is_not_taken_up_and_stays(tmp_path):
+    size, digest = mark(written_log(tmp_path / "log", 2))
+    text = (tmp_path / "log").read_bytes()
+    for other in (text[:-1], text.replace(b"0.5", b"0.6"), b"", b"x" + text):
+        (tmp_path / "log").write_bytes(other)
+        log = TrainingLog(tmp_path / "log", "run_1", {})
+        assert not log.take_up(size, digest)
+        assert (tmp_path / "log").read_bytes() == other
+        assert (log.records, log.size) == ([], 0)
+    (tmp_path / "log").unlink()
+    assert not TrainingLog(tmp_path / "log", "run_1", {}).take_up(size, digest)
+
+
+def test_a_process_that_does_not_write_reads_the_log_and_changes_nothing(tmp_path):
+    size, digest = mark(written_log(tmp_path / "log", 2))
+    with (tmp_path / "log").open("ab") as file:
+        file.write(b'{"step"')
+    before = (tmp_path / "log").read_bytes()
+    log = TrainingLog(tmp_path / "log", "run_1", {}, writes=False)
+    assert log.take_up(size, digest)
+    log([{"layer": 1, "step": 2}])
+    assert [r["step"] for r in log.records] == [0, 1, 2]
+    assert (tmp_path / "log").read_bytes() == before
+
+
+# ── Checkpoints ─────────────────────────────────────────────────────────────────────────────────
+
+IDENTITY = {"run_name": "run_1", "scale": {"d_sae": 8}}
+
+
+def saved(folder: Path, steps: tuple[int, ...] = (10, 20, 30)) -> tuple[Checkpoints, TrainingLog]:
+    """A checkpoint every ten steps, each after one line more of the log."""
+    checkpoints = Checkpoints(folder / "checkpoint", IDENTITY)
+    log = TrainingLog(folder / "log", "run_1", {})
+    for step in steps:
+        log([{"layer": 1, "step": step}])
+        state = {"step": step, "best": [math.inf, 0.1], "lanes": {3: {"pending": [5, 6]}}}
+        checkpoints.save(step, {"x": torch.full((4,), float(step))}, state, log)
+    return checkpoints, log
+
+
+def read(folder: Path, identity: dict = IDENTITY) -> tuple[int | None, list[int]]:
+    """(step of the checkpoint a new process goes on from, steps of its log)."""
+    log = TrainingLog(folder / "log", "run_1", {})
+    found = Checkpoints(folder / "checkpoint", identity).read(log)
+    if found is None:
+        return None, [r["step"] for r in log.records]
+    tensors, state = found
+    assert tensors["x"].tolist() == [float(state["step"])] * 4
+    assert state["best"] == [math.inf, 0.1] and state["lanes"] == {"3": {"pending": [5, 6]}}
+    assert (folder / "log").read_text().splitlines() == [json.dumps(r) for r in log.records]
+    return state["step"], [r["step"] for r in log.records]
+
+
+def test_the_newest_two_checkpoints_are_kept_and_the_newest_is_read(tmp_path, capsys):
+    checkpoints, _ = saved(tmp_path)
+    names = [path.name.split("_")[1] for path in checkpoints.newest_first()]
+    assert names == ["00000030", "00000020"]
+    assert len(list((tmp_path / "checkpoint").iterdir())) == 2, "and nothing beside them"
+    assert read(tmp_path) == (30, [10, 20, 30])
+    assert capsys.readouterr().out == ""
+
+
+def test_without_a_checkpoint_there_is_none_to_read(tmp_path):
+    assert read(tmp_path) == (None, [])
+
+
+def flip(path: Path, at: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "a bit of a weight": flip,
+    "a bit of the header": lambda path: flip(path, 20),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "empty": lambda path: path.write_bytes(b""),
+    "another file under its name": lambda path: save_file({"x": torch.zeros(4)}, path),
+    "a name without a checksum": lambda path: path.rename(
+        path.with_name("step_00000030.safetensors")
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, damage, capsys):
+    checkpoints, _ = saved(tmp_path)
+    DAMAGES[damage](checkpoints.newest_first()[0])
+    assert read(tmp_path) == (20, [10, 20]), "with the log as it was then"
+    out = capsys.readouterr().out
+    assert "checkpoint step_00000030" in out and "not used" in out and "step_00000020" not in out
+    for path in checkpoints.newest_first():
+        path.write_bytes(b"")
+    assert read(tmp_path)[0] is None
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path, capsys):
+    saved(tmp_path)
+    before = (tmp_path / "log").read_bytes()
+    assert read(tmp_path, IDENTITY | {"scale": {"d_sae": 9}}) == (None, [])
+    assert capsys.readouterr().out.count("not of this run: not used") == 2
+    assert (tmp_path / "log").read_bytes() == before
+    assert read(tmp_path)[0] == 30
+
+
+def test_a_checkpoint_whose_part_of_the_log_was_changed_cannot_be_used(tmp_path):
+    saved(tmp_path)
+    lines = (tmp_path / "log").read_text().splitlines(keepends=True)
+    (tmp_path / "log").write_text("".join([*lines[:2], lines[2].replace("30", "31")]))
+    assert read(tmp_path) == (20, [10, 20]), "the older one's part is as it was"
+    (tmp_path / "log").write_text("".join([lines[0].replace("10", "11"), *lines[1:]]))
+    assert read(tmp_path) == (None, [])
+
+
+def test_a_write_that_was_killed_is_no_checkpoint(tmp_path, monkeypatch):
+    checkpoints, log = saved(tmp_path)
+
+    def killed(descriptor: int):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.os, "fsync", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(40, {"x": torch.zeros(4)}, {}, log)
+    assert read(tmp_path) == (30, [10, 20, 30])
+    checkpoints.save(50, {"x": torch.zeros(4)}, {}, log)
+    assert len(list((tmp_path / "checkpoint").iterdir())) == 2, "its leftover is gone"
+
+
+def test_a_process_that_does_not_write_saves_nothing(tmp_path):
+    log = TrainingLog(tmp_path / "log", "run_1", {}, writes=False)
+    Checkpoints(tmp_path / "checkpoint", IDENTITY, writes=False).save(1, {}, {}, log)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ── Parts of the evaluation ─────────────────────────────────────────────────────────────────────
+
+
+class Computed:
+    def __init__(self, value: object):
+        self.value, self.times = value, 0
+
+    def __call__(self) -> object:
+        self.times += 1
+        return self.value
+
+
+def test_a_finished_part_is_remembered_as_json_has_it(tmp_path):
+    compute = Computed({"fvu": 0.1 + 0.2, "letters": ("a", "ä"), "missing": None})
+    path = tmp_path / "evaluated" / "fidelity.json"
+    first = experiment.remembered(path, compute)
+    assert first == {"fvu": 0.1 + 0.2, "letters": ["a", "ä"], "missing": None}
+    assert experiment.remembered(path, compute) == first, "to the last bit, and in the same types"
+    assert compute.times == 1
+    assert experiment.remembered(tmp_path / "by_layer.json", Computed({5: 1})) == {"5": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["fidelity.json"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.replace("0.25", "0.26"),
+        lambda text: text[:-3],
+        lambda text: "",
+        lambda text: "[1]",
+        lambda text: json.dumps(json.loads(text)["value"]),
+    ],
+    ids=["a number", "truncated", "empty", "another file", "no checksum"],
+)
+def test_a_damaged_part_is_computed_again(tmp_path, damage):
+    compute, path = Computed({"fvu": 0.25}), tmp_path / "fidelity.json"
+    experiment.remembered(path, compute)
+    path.write_text(damage(path.read_text()))
+    assert experiment.remembered(path, compute) == {"fvu": 0.25}
+    assert compute.times == 2
+    experiment.remembered(path, compute)
+    assert compute.times == 2
+
+
+def test_a_part_that_fails_is_not_remembered(tmp_path):
+    path = tmp_path / "fidelity.json"
+    with pytest.raises(ZeroDivisionError):
+        experiment.remembered(path, lambda: 1 / 0)
+    assert experiment.remembered(path, Computed(3)) == 3
+
+
+# ── A trainer ───────────────────────────────────────────────────────────────────────────────────
+
+D_IN = 8
+SCALE = experiment.Scale(
+    "tiny", "none", "sae-probes", (1, 12), training_tokens=14 * 32 + 5, batch_tokens=32,
+    context_length=9, heldout_contexts=4, d_sae=24, n_seeds=2, learning_rate=0.02, warmup_steps=2,
+    target_l0=4.0, initial_l0=12.0, ema_horizon_fraction=0.3, lm_batch=5, block_contexts=16,
+    lanes=4, checkpoint_seconds=3600, training_dtype="float32", online_every=3, online_words=30,
+)  # fmt: skip
+# One run of every kind: average, adaptive pace, alpha = 1, alpha = 0, learned blend.
+KINDS = ("run_1", "run_2", "run_7", "run_8", "run_10")
+
+
+def online_absorption(*_) -> experiment.OnlineAbsorption:
+    """Forty words of four letters, noisy enough for absorption to be anything."""
+    generator = torch.Generator().manual_seed(3)
+    y, weight, f1 = torch.arange(40) % 4, torch.zeros(26, D_IN), torch.zeros(26)
+    weight[:4], f1[:4] = torch.eye(D_IN)[:4], 1.0
+    X = 2 * torch.eye(D_IN)[y] + 0.7 * torch.randn(40, D_IN, generator=generator)
+    probe = {"weight": weight, "bias": torch.full((26,), -0.1), "f1": f1, "X": X, "y": y}
+    return experiment.OnlineAbsorption(probe, SCALE.online_words)
+
+
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    return list(3 * torch.randn(14, 32, D_IN, generator=generator) + 1)
+
+
+def fresh_trainer(name: str) -> Trainer:
+    units = experiment.calibrate(torch.cat(batches()))
+    trainer = Trainer(SCALE, experiment.RUNS[name], 12, units, Ranks())
+    trainer.online = online_absorption()
+    trainer.sae.b_enc.data[:, 0] = -100.0  # a latent that never fires
+    return trainer
+
+
+def steps(trainer: Trainer, first: int, last: int) -> list[dict]:
+    """The records of some steps, as plain numbers."""
+    return [experiment.settled(trainer.step(x), 0) for x in batches()[first:last]]
+
+
+def through_a_file(state: tuple[dict, dict], folder: Path) -> tuple[dict, dict]:
+    tensors, numbers = state
+    save_file(tensors, folder / "state")
+    return load_file(folder / "state"), json.loads(json.dumps(numbers))
+
+
+def assert_same_state(found: tuple[dict, dict], expected: tuple[dict, dict]) -> None:
+    assert found[1] == expected[1]
+    assert found[0].keys() == expected[0].keys()
+    for name, tensor in expected[0].items():
+        assert found[0][name].dtype == tensor.dtype, name
+        # L0 is not a number before it is measured.
+        assert torch.equal(found[0][name].nan_to_num(), tensor.nan_to_num()), name
+
+
+@pytest.mark.parametrize("stopped_after", [0, 1, 7])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_trainer_goes_on_to_the_bit_as_if_it_had_never_stopped(name, stopped_after, tmp_path):
+    never_stopped, stopped = fresh_trainer(name), fresh_trainer(name)
+    steps(never_stopped, 0, stopped_after)
+    steps(stopped, 0, stopped_after)
+    state = through_a_file(stopped.state(), tmp_path)
+    restored = Trainer.restored(SCALE, experiment.RUNS[name], 12, Ranks(), *state)
+    restored.online = online_absorption()
+    assert restored.steps_done == stopped_after
+    assert_same_state(restored.state(), state)
+    expected = steps(never_stopped, stopped_after, stopped_after + 3)
+    assert steps(restored, stopped_after, stopped_after + 3) == expected
+    assert_same_state(restored.state(), never_stopped.state())
+    for attribute, value in vars(never_stopped).items():  # also those that state() might forget
+        found = getattr(restored, attribute)
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(found.nan_to_num(), value.nan_to_num()), attribute
+        elif isinstance(value, int | list):
+            assert found == value, attribute
+    for seed in range(2):
+        own, theirs = restored.export(seed, True), never_stopped.export(seed, True)
+        assert own[1] == theirs[1]
+        assert all(torch.equal(own[0][key], theirs[0][key]) for key in theirs[0])
+
+
+def test_the_state_of_a_trainer_is_not_at_rest_anywhere():
+    """Else the test above would say nothing about some part of it."""
+    trainer = fresh_trainer("run_2")
+    tensors, numbers = trainer.state()
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    numbers = json.loads(json.dumps(numbers))
+    steps(trainer, 0, 10)
+    tensors, after = trainer.state()
+    same = {
+        name
+        for name, t in before.items()
+        if torch.equal(t.nan_to_num(), tensors[name].nan_to_num())
+    }
+    assert same == {"b_dec", "sae.log_k", "sae.exponent", "average.5", "average.6"}, (
+        "the units, and what is learned in run_10 alone"
+    )
+    assert {name for name in numbers if numbers[name] == after[name]} == {"units"}
+    assert len(tensors) - len(before) == 3 * 5, "two moments and the step of every weight"
+
+
+# ── A training ──────────────────────────────────────────────────────────────────────────────────
+
+
+class Reader:
+    """A language model that gives every token a residual of its own at either layer."""
+
+    tokenizer, layers, device = tiny.Numbers(), (1, 12), torch.device("cpu")
+    identity, name, d_in = {"model": "reader"}, "reader", D_IN
+    table = torch.randn(97, 2, D_IN, generator=torch.Generator().manual_seed(5))
+
+    def __init__(self, each_pass: Callable[[int], None] = lambda n: None):
+        self.passes, self.each_pass = 0, each_pass
+
+    def is_special(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens < 0
+
+    def residuals(self, tokens_BL: torch.Tensor) -> dict[int, torch.Tensor]:
+        self.passes += 1
+        self.each_pass(self.passes)
+        x = self.table[tokens_BL % 97]
+        return {1: x[..., 0, :], 12: 3 * x[..., 1, :] + 1}
+
+
+@pytest.fixture
+def text(monkeypatch) -> list[str]:
+    r = random.Random(6)
+    texts = [
+        " ".join(str(r.randrange(97)) for _ in range(r.choice((3, 9, 40)))) for _ in range(200)
+    ]
+    monkeypatch.setattr(experiment, "packaged_documents", lambda scale: texts)
+    monkeypatch.setattr(experiment, "online_absorption", online_absorption)
+    return texts
+
+
+class Execution:
+    """One process's part of a run in `folder`: from its last checkpoint on, as execute() does."""
+
+    def __init__(self, folder: Path, name: str = "run_2", lm: Reader | None = None, scale=SCALE):
+        folder.mkdir(exist_ok=True)
+        self.log = TrainingLog(folder / "log", name, {})
+        self.checkpoints = Checkpoints(folder / "checkpoint", {"run": name})
+        checkpoint = self.checkpoints.read(self.log)
+        lm = lm or Reader()
+        self.begun_at = checkpoint[1]["step"] if checkpoint else None
+        run = experiment.RUNS[name]
+        self.training = Training(scale, run, lm, 5, Ranks(), checkpoint)
+
+    def train(self, signals: Signals) -> "Execution":
+        self.training.train(self.log, self.checkpoints, signals)
+        return self
+
+    def result(self) -> tuple[list[dict], tuple[dict, dict]]:
+        """The log less the speed, and everything that is known at the end."""
+        lines = self.log.path.read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        assert self.log.records == records
+        slow = [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
+        tensors, state = self.training.state()
+        return slow, ({k: t.clone() for k, t in tensors.items()}, json.loads(json.dumps(state)))
+
+
+def assert_same_result(found: Execution, expected: Execution) -> None:
+    (records, state), (expected_records, expected_state) = found.result(), expected.result()
+    assert records == expected_records
+    assert_same_state(state, expected_state)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_run_stopped_by_a_signal_in_a_step_goes_on_as_if_it_never_had(
+    name, text, tmp_path, signals, monkeypatch
+):
+    whole = Execution(tmp_path / "whole", name).train(signals)
+    assert [r["step"] for r in whole.log.records] == [i // 2 for i in range(28)]
+    first = Execution(tmp_path / "stopped", name)
+    step = Trainer.step
+
+    def interrupted(self, x):
+        if (self.layer, self.steps_done) == (1, 6):
+            stop_me()
+        return step(self, x)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    with pytest.raises(Interrupted) as stop:
+        first.train(signals)
+    assert stop.value.signal_number == signal.SIGTERM
+    monkeypatch.undo()
+    monkeypatch.setattr(experiment, "packaged_documents", lambda scale: text)
+    monkeypatch.setattr(experiment, "online_absorption", online_absorption)
+    assert len((tmp_path / "stopped" / "log").read_text().splitlines()) == 14
+    signals.received = None
+    second = Execution(tmp_path / "stopped", name)
+    assert second.begun_at == 7, "both layers finished the step"
+    assert_same_result(second.train(signals), whole)
+    third = Execution(tmp_path / "stopped", name)
+    assert third.begun_at == 14, "the last step is a checkpoint too"
+    assert_same_result(third.train(signals), whole)
+
+
+def test_a_run_stopped_at_any_moment_of_reading_goes_on_as_if_it_never_had(text, tmp_path, signals):
+    whole = Execution(tmp_path / "whole").train(signals)
+    begun_at = []
+    # A block is 4 passes; one that is begun has to be read again.
+    for stops_at in (5, 10, 9, 7, None):
+
+        def one_pass(n: int, stops_at: int | None = stops_at) -> None:
+            if n == stops_at:
+                stop_me()
+
+        execution = Execution(tmp_path / "stopped", lm=Reader(one_pass))
+        begun_at.append(execution.begun_at)
+        with pytest.raises(Interrupted) if stops_at else contextlib.nullcontext():
+            execution.train(signals)
+        signals.received = None
+    assert begun_at[0] is None
+    assert 0 < begun_at[1] < begun_at[2] < begun_at[3] <= begun_at[4] < 14
+    assert_same_result(execution, whole)
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(
+    text, tmp_path, signals, monkeypatch
+):
+    whole = Execution(tmp_path / "whole").train(signals)
+    often = experiment.replace(SCALE, checkpoint_seconds=0)
+    first = Execution(tmp_path / "killed", scale=often)
+    step = Trainer.step
+
+    def killed(self, x):
+        if (self.layer, self.steps_done) == (12, 5):
+            raise MemoryError
+        return step(self, x)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Trainer, "step", killed)
+        first.train(signals)
+    with (tmp_path / "killed" / "log").open("a") as log:
+        log.write('{"layer": 1, "step": 5, "lo')
+    second = Execution(tmp_path / "killed")
+    assert second.begun_at == 5
+    assert_same_result(second.train(signals), whole)
+
+
+def test_a_signal_before_the_first_step_leaves_something_to_go_on_from(
+    text, tmp_path, signals, monkeypatch
+):
+    whole = Execution(tmp_path / "whole").train(signals)
+    first = Execution(tmp_path / "stopped")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(experiment, "block_order", lambda *_: stop_me())
+        first.train(signals)
+    signals.received = None
+    assert_same_result(Execution(tmp_path / "stopped").train(signals), whole)
+
+
+def test_a_signal_during_the_last_checkpoint_is_not_lost(text, tmp_path, signals, monkeypatch):
+    execution = Execution(tmp_path / "run")
+    save = Checkpoints.save
+
+    def interrupted(self, step, *arguments):
+        stop_me()
+        save(self, step, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", interrupted)
+    with pytest.raises(Interrupted):
+        execution.train(signals)
+    assert read_steps(execution) == 14, "and the checkpoint is whole"
+
+
+def read_steps(execution: Execution) -> int:
+    return execution.checkpoints.read(execution.log)[1]["step"]
+
+
+def test_checkpoints_come_as_often_as_asked_for(text, tmp_path, signals, monkeypatch):
+    saved_at = []
+    monkeypatch.setattr(Checkpoints, "save", lambda self, step, *_: saved_at.append(step))
+    Execution(tmp_path / "seldom").train(signals)
+    assert saved_at == [14]
+    saved_at.clear()
+    often = experiment.replace(SCALE, checkpoint_seconds=0)
+    Execution(tmp_path / "often", scale=often).train(signals)
+    assert saved_at == [*range(1, 15), 14]
+
+
+def test_both_layers_are_trained_on_the_same_tokens_in_units_of_their_own(text, tmp_path, signals):
+    seen: dict[int, list[torch.Tensor]] = {1: [], 12: []}
+    training = Execution(tmp_path / "run").training
+    for trainer in training.trainers:
+        step = trainer.step
+        trainer.step = lambda x, t=trainer, step=step: (seen[t.layer].append(x), step(x))[1]
+    training.train(lambda records: None, SaveNothing(), signals)
+    shallow, deep = (torch.cat(seen[layer]) for layer in (1, 12))
+    assert len(shallow) == len(deep) == 14 * 32
+    row_of = {tuple(row.tolist()): i for i, row in enumerate(Reader.table[:, 0])}
+    tokens = [row_of[tuple(row.tolist())] for row in shallow]
+    torch.testing.assert_close(deep, 3 * Reader.table[tokens, 1] + 1)
+    first, second = (trainer.units for trainer in training.trainers)
+    assert first.scale / second.scale == pytest.approx(3, rel=0.2)
+
+
+class SaveNothing:
+    def save(self, *_):
+        pass
+
+
+def test_a_text_that_ends_too_early_is_an_error_that_says_where(text, tmp_path, signals):
+    del text[30:]
+    with pytest.raises(experiment.ExperimentError, match=r"ended after \d+ of 14 steps: lower"):
+        Execution(tmp_path / "run").train(signals)
+    del text[6:]
+    with pytest.raises(experiment.ExperimentError, match="shorter than one block of 16 contexts"):
+        Execution(tmp_path / "other")
