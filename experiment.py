@@ -1083,7 +1083,7 @@ def packaged_documents(scale: Scale) -> list[str]:
 
     key = {
         "files": PROSE,
-        "tasks": {name: TASKS.get(name) for name in scale.tasks},
+        "tasks": [TASK_CHARACTERS, {name: TASKS.get(name) for name in scale.tasks}],
         "sizes": [scale.probe_train_set_size, scale.probe_test_set_size],
         **versions("sae-probes"),
     }
@@ -2302,8 +2302,10 @@ def online_absorption(scale: Scale, lm: LanguageModel, layer: int) -> OnlineAbso
 def probing_config(scale: Scale, lm: LanguageModel):
     from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 
+    # SAE-Bench makes a path of it: of a model on the hub the id, of another no path of its own.
+    local = scale.language_model.startswith("pypi:") or Path(scale.language_model).is_dir()
     return SparseProbingEvalConfig(
-        model_name=scale.language_model if "/" in scale.language_model else lm.name,
+        model_name=lm.name if local else scale.language_model,
         random_seed=scale.evaluation_seed,
         dataset_names=list(scale.tasks),
         probe_train_set_size=scale.probe_train_set_size,
@@ -2345,7 +2347,7 @@ def probing_artifacts(scale: Scale, lm: LanguageModel) -> Path:
                 artifacts_path=str(folder),
             )
 
-    tasks = {name: TASKS.get(name) for name in scale.tasks}
+    tasks = [TASK_CHARACTERS, {name: TASKS.get(name) for name in scale.tasks}]
     sizes = [scale.probe_train_set_size, scale.probe_test_set_size, scale.context_length]
     key = {**evaluation_key(scale, lm), "layers": scale.layers, "tasks": tasks, "sizes": sizes}
     key |= {"k_values": scale.k_values, "lm_batch": scale.lm_batch, "kept": scale.keep_activations}
