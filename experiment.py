@@ -39,6 +39,7 @@ import queue
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -1219,7 +1220,8 @@ def ahead(items: Iterable, depth: int = 2) -> Iterator:
         except BaseException as error:
             put((done, error))
 
-    threading.Thread(target=work, daemon=True).start()
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
     try:
         while True:
             item, error = made.get()
@@ -1230,6 +1232,7 @@ def ahead(items: Iterable, depth: int = 2) -> Iterator:
             yield item
     finally:
         stop.set()
+        worker.join(timeout=5)
 
 
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -1656,7 +1659,8 @@ class Trainer:
         for name, p in new.sae.state_dict().items():
             p.copy_(tensors[f"sae.{name}"])
         adam = new.optimizer.state_dict()
-        for i in adam["param_groups"][0]["params"]:
+        steps_done = numbers["steps_done"]  # at 0 the optimiser has nothing yet
+        for i in adam["param_groups"][0]["params"] if steps_done else ():
             moments = ("step", "exp_avg", "exp_avg_sq")
             adam["state"][i] = {name: tensors[f"adam.{i}.{name}"] for name in moments}
         new.optimizer.load_state_dict(adam)
@@ -1694,8 +1698,8 @@ class Training:
             self.position = Position(state["block"], state["batch"], lanes)
         else:
             self.position = Position(0, 0, {i: Lane(first_document, []) for i in mine})
-        text = ahead(text_blocks(scale, lm, self.position.lanes))
-        self.blocks = residual_blocks(scale, lm, text)
+        self.text = ahead(text_blocks(scale, lm, self.position.lanes))
+        self.blocks = residual_blocks(scale, lm, self.text)
         self.trainers = []
         if checkpoint:
             for layer in scale.layers:
@@ -1794,6 +1798,7 @@ class Training:
         except Interrupted:
             checkpoint()
             raise
+        self.text.close()  # its thread must not tokenise while SAE-Bench does
         if self.steps_done > begun_at:
             checkpoint()
         if signals.received:  # during the last step
@@ -1870,7 +1875,7 @@ def register_with_sae_lens() -> type:
             score = x_c @ self.W_enc
             r = x_c.norm(dim=-1, keepdim=True).clamp_min(1e-8)
             token = self.cfg.cosine_scale * r ** (self.cfg.norm_exponent - 1)
-            unit = self.gate / self.W_enc.norm(dim=0)
+            unit = self.gate / self.W_enc.norm(dim=0).clamp_min(1e-8)
             gains = (a * self.gate + (1 - a) * token * unit for a in alphas)
             return [torch.addcmul(self.b_enc, score, gain).relu_() for gain in gains]
 
@@ -2499,7 +2504,8 @@ def evaluate(
 
         def fidelity(trainer: Trainer = trainer, paths: dict = paths) -> list[list[float]]:
             held = HeldOut(lm, heldout_NL, trainer, scale.lm_batch)
-            return [held.fidelity(load_sae(path).to(lm.device)) for path in paths.values()]
+            found = [held.fidelity(load_sae(path).to(lm.device)) for path in paths.values()]
+            return [[finite_or_none(value) for value in fidelity] for fidelity in found]
 
         fidelities[layer] = [Fidelity(*f) for f in part("fidelity", paths, fidelity)]
     clock.lap("fidelity")
@@ -2931,7 +2937,7 @@ class Checkpoints:
     def read(self, log: TrainingLog) -> tuple[dict, dict] | None:
         """(tensors, state) of the newest that is whole, the log cut back to it; else None."""
         for path in self.newest_first():
-            with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError, TypeError):
+            with contextlib.suppress(OSError, SafetensorError, ValueError, LookupError, TypeError):
                 if file_sha256(path)[:16] == path.stem.split("_")[2]:
                     with safe_open(path, "pt") as file:
                         header = json.loads(file.metadata()["header"])
@@ -3233,7 +3239,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
         reason = reason.splitlines()[0]
-        if getattr(error, "errno", None) or isinstance(error, SafetensorError):  # a full disk: both
+        lost = isinstance(error, ConnectionError | TimeoutError | socket.gaierror)
+        on_disk = getattr(error, "errno", None) or isinstance(error, SafetensorError)
+        if on_disk and not lost:  # of a full disk safetensors has an error of its own
             where = f" at {error.filename}" if getattr(error, "filename", None) else ""
             return complain(
                 f"{reason}{where}: free space or fix the folder, then {again} (what was written "
