@@ -54,7 +54,7 @@ def finished(cache, tmp_path_factory) -> SimpleNamespace:
         warmup_steps=2,
         heldout_contexts=16,
         block_contexts=128,
-        tasks=("sentiment",),
+        tasks=("spam",),
         probe_train_set_size=160,
         probe_test_set_size=80,
         k_values=(1, 5),
@@ -100,7 +100,7 @@ def test_the_script_trains_and_scores_saes_of_the_real_model(finished):
     assert 0.005 < entry["notes"]["outlier_fraction"] < 0.05
 
 
-def test_the_language_models_own_channels_tell_good_reviews_from_bad_ones(finished):
+def test_the_language_models_own_channels_tell_spam_from_messages(finished):
     means = finished.entry["means"]
     assert means["lm_all_channels"] > 0.7
     assert means["lm_top_5"] > 0.55
