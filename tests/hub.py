@@ -23,7 +23,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import torch
-from tiny import LETTERS, SPECIAL, make_tokenizer
+from tiny import make_tokenizer, spell_first_letters
 
 import experiment
 
@@ -404,12 +404,7 @@ def make_gemma(folder: Path, dtype: torch.dtype = torch.float32, layers: int = 4
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Gemma2ForCausalLM(config).float()
-        embedding = model.model.embed_tokens.weight.data.normal_()
-        embedding[:, : len(LETTERS)] *= 0.1
-        for token, index in tokenizer.vocab.items():
-            letter = tokenizer.convert_tokens_to_string([token]).strip()[:1].lower()
-            if letter.isalpha() and token not in SPECIAL:
-                embedding[index, LETTERS.index(letter)] += 4
+        embedding = spell_first_letters(model, tokenizer)
         # Gemma multiplies by this again, so that the residual stream is tiny.py's.
         embedding /= config.hidden_size**0.5
         for layer in model.model.layers:

@@ -28,26 +28,11 @@ OFFICIAL = json.loads((tiny.ROOT / "run_0" / "final_info.json").read_text(encodi
 
 def small(**changes) -> experiment.Scale:
     """The gemma-2-2b scale with its sizes cut down; names, tasks, text and layers' number stay."""
-    sizes = {
+    sizes = tiny.SMALL | {
         "layers": LAYERS,
         "training_tokens": 24 * 256,
-        "batch_tokens": 256,
-        "context_length": 32,
-        "heldout_contexts": 16,
-        "d_sae": 96,
         "n_seeds": 1,
-        "learning_rate": 3e-3,
-        "warmup_steps": 2,
-        "target_l0": 8.0,
-        "initial_l0": 48.0,
-        "block_contexts": 64,
-        "lanes": 4,
         "checkpoint_seconds": 0,
-        "probe_train_set_size": 40,
-        "probe_test_set_size": 20,
-        "k_values": (1, 2),
-        "online_every": 5,
-        "online_words": 300,
     }
     return experiment.replace(experiment.SCALES["gemma-2-2b"], **sizes | changes)
 

@@ -69,6 +69,19 @@ def make_tokenizer(folder: Path, per_letter: int = 40):
     return AutoTokenizer.from_pretrained(folder, add_bos_token=True)
 
 
+def spell_first_letters(model, tokenizer) -> torch.Tensor:
+    """Fill a model's embedding at random, but for 26 directions that say a token's first letter.
+
+    Returns the embedding [vocabulary, D]."""
+    embedding = model.model.embed_tokens.weight.data.normal_()
+    embedding[:, : len(LETTERS)] *= 0.1
+    for token, index in tokenizer.vocab.items():
+        letter = tokenizer.convert_tokens_to_string([token]).strip()[:1].lower()
+        if letter.isalpha() and token not in SPECIAL:
+            embedding[index, LETTERS.index(letter)] += 4
+    return embedding
+
+
 def make_model(folder: Path, knows_letters: bool = True) -> Path:
     """Four Llama blocks with small random weights behind an embedding that spells first letters.
 
@@ -93,12 +106,7 @@ def make_model(folder: Path, knows_letters: bool = True) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).float()
-        embedding = model.model.embed_tokens.weight.data.normal_()
-        embedding[:, : len(LETTERS)] *= 0.1
-        for token, index in tokenizer.vocab.items():
-            letter = tokenizer.convert_tokens_to_string([token]).strip()[:1].lower()
-            if letter.isalpha() and token not in SPECIAL:
-                embedding[index, LETTERS.index(letter)] += 4
+        embedding = spell_first_letters(model, tokenizer)
         if not knows_letters:
             words = embedding[len(SPECIAL) :]
             words.copy_(words[torch.randperm(len(words))])
@@ -107,31 +115,35 @@ def make_model(folder: Path, knows_letters: bool = True) -> Path:
     return folder
 
 
+SMALL = {  # any scale, shrunk to a few batches of a tiny model
+    "batch_tokens": 256,
+    "context_length": 32,
+    "heldout_contexts": 16,
+    "d_sae": 96,
+    "learning_rate": 3e-3,
+    "warmup_steps": 2,
+    "target_l0": 8.0,
+    "initial_l0": 48.0,
+    "block_contexts": 64,
+    "lanes": 4,
+    "probe_train_set_size": 40,
+    "probe_test_set_size": 20,
+    "k_values": (1, 2),
+    "online_every": 5,
+    "online_words": 300,
+}
+
+
 def tiny_scale(folder: Path, **changes) -> experiment.Scale:
-    """The laptop scale, shrunk to a few batches of a tiny model."""
-    small = {
+    """The laptop scale, shrunk."""
+    small = SMALL | {
         "name": "tiny",
         "language_model": str(folder),
         "layers": (1,),
         "training_tokens": 20 * 256,
-        "batch_tokens": 256,
-        "context_length": 32,
-        "heldout_contexts": 16,
-        "d_sae": 96,
         "n_seeds": 2,
-        "learning_rate": 3e-3,
-        "warmup_steps": 2,
-        "target_l0": 8.0,
-        "initial_l0": 48.0,
-        "block_contexts": 64,
-        "lanes": 4,
         "tasks": ("sentiment", "news"),
-        "probe_train_set_size": 40,
-        "probe_test_set_size": 20,
-        "k_values": (1, 2),
         "absorption_words": None,
-        "online_every": 5,
-        "online_words": 300,
     }
     return replace(experiment.SCALES["laptop"], **small | changes)
 
