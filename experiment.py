@@ -300,8 +300,8 @@ SCALES: dict[str, Scale] = {
         training_tokens=614_400,
         keep_activations=True,
         tasks=("occupation", "news", "code", "sentiment", "ticket", "headline", "spam"),
-        probe_train_set_size=300,
-        probe_test_set_size=200,
+        probe_train_set_size=240,
+        probe_test_set_size=160,
         k_values=(1, 2, 5, 20),
         absorption_words=4000,
         evaluation_dtype="float32",
@@ -401,65 +401,74 @@ def l0_target_at(scale: Scale, progress: float) -> float:
 
 
 class BlendedScores(torch.autograd.Function):
-    """z = (x_c @ W) * (linear + token * cosine) + b, in one matmul and two passes over [S, B, F].
+    """z = (x_c @ W + shift) * (linear + token * cosine) + b, in one matmul and two passes over
+    [S, B, F]; shift is 0 and is there for its gradient, x_c is data and gets none.
 
     The passes over [S, B, F], not the multiplications, are what training spends its time on, so the
     backward is by hand: sums over tokens and latents are matmuls with the vectors they weight.
 
-    x_c [S, B, D], W [S, D, F], token [S, B, 1], linear, cosine and b [S, 1, F], all of one dtype.
+    x_c [S, B, D], W [S, D, F], token [S, B, 1], shift, linear, cosine and b [S, 1, F], all of one
+    dtype.
     """
 
     @staticmethod
-    def forward(ctx, x_c, W, token, linear, cosine, b):
+    def forward(ctx, x_c, W, shift, token, linear, cosine, b):
         score = torch.bmm(x_c, W)
         gain = torch.addcmul(linear, token, cosine)
-        ctx.save_for_backward(x_c, W, token, cosine, score, gain)
+        ctx.save_for_backward(x_c, token, cosine, score, gain)
         return torch.addcmul(b, score, gain)
 
     @staticmethod
     def backward(ctx, grad):
-        x_c, W, token, cosine, score, gain = ctx.saved_tensors
+        x_c, token, cosine, score, gain = ctx.saved_tensors
         by_gain = grad * score
         ones = torch.ones_like(token)
         d_linear, d_cosine = torch.bmm(torch.cat([ones, token], -1).mT, by_gain).split(1, dim=1)
         d_token = torch.bmm(by_gain, cosine.mT)
         d_b = torch.bmm(ones.mT, grad)
         d_score = grad * gain
-        d_x = torch.bmm(d_score, W.mT) if ctx.needs_input_grad[0] else None
-        return d_x, torch.bmm(x_c.mT, d_score), d_token, d_linear, d_cosine, d_b
+        d_W, d_shift = torch.bmm(x_c.mT, d_score), torch.bmm(ones.mT, d_score)
+        return None, d_W, d_shift, d_token, d_linear, d_cosine, d_b
 
 
 def pre_activations(
-    x_c: torch.Tensor,
+    x: torch.Tensor,
+    b_dec: torch.Tensor,
     W_enc: torch.Tensor,
     gate: torch.Tensor,
     b_enc: torch.Tensor,
     alpha: float | torch.Tensor,
     k: float | torch.Tensor = 1.0,
     exponent: float | torch.Tensor = 0.0,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """z_i = g_i [ (1 - alpha) k r^e cos(x_c, w_i) + alpha x_c . w_i ] + b_enc_i.
+    """z_i = g_i [ (1 - alpha) k r^e cos(x_c, w_i) + alpha x_c . w_i ] + b_enc_i, x_c = x - b_dec.
 
     Both scores share a product, since cos(x_c, w_i) = x_c . w_i / (r ||w_i||): the blend is one
     matmul times a gain that depends on the token (its norm) and on the latent (its gate, ||w_i||).
-    A float alpha of exactly 0 or 1 rules one score out, and the gain goes into the matmul.
+    A float alpha of exactly 1 rules the cosine out, and the gate goes into the matmul.
+
+    x is data and gets no gradient.  b_dec moves every token alike, so its gradient is that of one
+    row `move` per seed, whose value is 0: not a matmul over all tokens, a sixth of a step's.
 
     Args:
-        x_c: centred activations [S, B, D]; their dtype is the dtype of the large operations.
-        W_enc, gate, b_enc: [S, D, F], [S, F], [S, F].
+        x: activations [B, D] or [S, B, D].
+        b_dec, W_enc, gate, b_enc: [S, D], [S, D, F], [S, F], [S, F].
         alpha, k, exponent: floats, or tensors [S, 1, 1].
-    Returns: pre-activations [S, B, F], in the units of x_c.
+        dtype: of the large operations; that of x, unless another is asked for.
+    Returns: pre-activations [S, B, F], in the units of x.
     """
-    dtype, gate, b = x_c.dtype, gate[:, None, :], b_enc[:, None, :].to(x_c.dtype)
+    dtype, gate, b, at = dtype or x.dtype, gate[:, None, :], b_enc[:, None, :], b_dec[:, None, :]
+    move = at.detach() - at
+    x_c = (x - at.detach()).to(dtype)
     if isinstance(alpha, float) and alpha == 1.0:
-        return torch.baddbmm(b, x_c, (gate * W_enc).to(dtype))
-    r = x_c.to(W_enc.dtype).norm(dim=-1, keepdim=True).clamp_min(1e-8)
+        W = gate * W_enc
+        return torch.baddbmm((b + move @ W.detach()).to(dtype), x_c, W.to(dtype))
+    r = (x_c.to(W_enc.dtype) + move).norm(dim=-1, keepdim=True).clamp_min(1e-8)
     token = k * r ** (exponent - 1)
     unit = gate / W_enc.norm(dim=1, keepdim=True).clamp_min(1e-8)
-    if isinstance(alpha, float) and alpha == 0.0:
-        return torch.baddbmm(b, (token * x_c).to(dtype), (unit * W_enc).to(dtype))
-    parts = W_enc, token, alpha * gate, (1 - alpha) * unit
-    return BlendedScores.apply(x_c, *(part.to(dtype) for part in parts), b)
+    parts = W_enc, move @ W_enc.detach(), token, alpha * gate, (1 - alpha) * unit, b
+    return BlendedScores.apply(x_c, *(part.to(dtype) for part in parts))
 
 
 class Forward(NamedTuple):
@@ -515,10 +524,9 @@ class BlendedSAE(torch.nn.Module):
         self, x: torch.Tensor, alpha: float | torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
         """Latents [S, B, F] of activations x [B, D] in training units."""
-        x_c = (x - self.b_dec[:, None, :]).to(dtype)
         k, exponent = (self.log_k.exp(), self.exponent) if self.learned else (1.0, 0.0)
-        z = pre_activations(x_c, self.W_enc, self.gate, self.b_enc, alpha, k, exponent)
-        return z.relu()
+        weights = self.b_dec, self.W_enc, self.gate, self.b_enc
+        return pre_activations(x, *weights, alpha, k, exponent, dtype).relu()
 
     def decode(self, f: torch.Tensor) -> torch.Tensor:
         """Reconstructions [S, B, D] in float32 from latents [S, B, F]."""
@@ -979,7 +987,7 @@ TASKS: dict[str, dict[str, tuple[int, object]]] = {
     "headline": {c: (105, c) for c in ("factual", "clickbait")},
     "spam": {"message": (96, 0), "spam": (96, 1)},
 }
-TASK_CHARACTERS = 300  # about 70 tokens of prose: what a first run has time for
+TASK_CHARACTERS = 200  # about 45 tokens of prose: what a first run has time for
 
 
 def sae_probes_file(number: int) -> Path:
@@ -1858,26 +1866,18 @@ def register_with_sae_lens() -> type:
             self.gate = torch.nn.Parameter(torch.ones(F, **like))
 
         def encode(self, x: torch.Tensor) -> torch.Tensor:
-            x = self.process_sae_in(x)  # centres on b_dec
-            z = pre_activations(
-                x.reshape(1, -1, x.shape[-1]),
-                *(w[None] for w in (self.W_enc, self.gate, self.b_enc)),
-                alpha=self.cfg.alpha,
-                k=self.cfg.cosine_scale,
-                exponent=self.cfg.norm_exponent,
-            )
-            z = self.hook_sae_acts_pre(z.view(*x.shape[:-1], -1))
-            return self.hook_sae_acts_post(z.relu_())
+            return self.encode_at(x, [self.cfg.alpha])[0]
 
         def encode_at(self, x: torch.Tensor, alphas: list[float]) -> list[torch.Tensor]:
-            """encode() of x [N, D] at several alphas, all of them for one large matmul."""
-            x_c = self.process_sae_in(x)
+            """encode() at several alphas, all of them for one large matmul."""
+            x_c = self.process_sae_in(x)  # centres on b_dec
             score = x_c @ self.W_enc
             r = x_c.norm(dim=-1, keepdim=True).clamp_min(1e-8)
             token = self.cfg.cosine_scale * r ** (self.cfg.norm_exponent - 1)
             unit = self.gate / self.W_enc.norm(dim=0).clamp_min(1e-8)
             gains = (a * self.gate + (1 - a) * token * unit for a in alphas)
-            return [torch.addcmul(self.b_enc, score, gain).relu_() for gain in gains]
+            z = (self.hook_sae_acts_pre(torch.addcmul(self.b_enc, score, g)) for g in gains)
+            return [self.hook_sae_acts_post(z_a.relu()) for z_a in z]
 
         def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
             return self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
@@ -1928,13 +1928,13 @@ def read_out(sae, alpha: float):
 def as_hooked_transformer(lm: LanguageModel, dtype: torch.dtype, remember: bool = False):
     """The language model as SAE-Bench's absorption wants it: a HookedTransformer (it checks).
 
-    Absorption asks for prompts and reads one position near their end, so the last few positions are
-    all it is given.  With `remember` they are kept in the cache: once the seed is fixed, the same
-    prompts are asked of every SAE.
+    Absorption asks for prompts and reads one position near their end, so that is all it is given
+    (NaN at the positions after it), and what comes after is not read by the model.  With `remember`
+    it is kept in the cache: once the seed is fixed, the same prompts are asked of every SAE.
     """
     from transformer_lens import HookedTransformer
 
-    positions = 6  # SAE-Bench's prompt_token_pos is -6
+    unread = 5  # tokens at the end of a prompt: SAE-Bench's prompt_token_pos is -6
 
     class CutModel(HookedTransformer):
         def __init__(self):
@@ -1953,23 +1953,22 @@ def as_hooked_transformer(lm: LanguageModel, dtype: torch.dtype, remember: bool 
             tokens = self.to_tokens(prompts)
 
             def activations() -> dict[str, torch.Tensor]:
-                found = lm.residuals(tokens)
-                return {
-                    f"blocks.{layer}.hook_resid_post": acts[:, -positions:].contiguous()
-                    for layer, acts in found.items()
-                }
+                found = lm.residuals(tokens[:, :-unread])
+                return {f"blocks.{n}.hook_resid_post": acts[:, -1:] for n, acts in found.items()}
 
             def build(folder: Path) -> None:
-                acts = {name: a.cpu() for name, a in activations().items()}
+                acts = {name: a.cpu().contiguous() for name, a in activations().items()}
                 save_file(acts, folder / "prompts.safetensors")
 
             if remember:
                 digest = tensor_sha256(tokens)
                 key = {**lm.identity, "tokens": digest, "shape": tokens.shape, "layers": lm.layers}
+                key |= {"unread": unread}
                 acts = load_file(cached("prompts", key, build) / "prompts.safetensors")
             else:
                 acts = activations()
-            return None, {n: a.to(lm.device, dtype) for n, a in acts.items()}
+            padded = partial(torch.nn.functional.pad, pad=(0, 0, 0, unread), value=math.nan)
+            return None, {n: padded(a.to(lm.device, dtype)) for n, a in acts.items()}
 
     return CutModel()
 
@@ -2177,9 +2176,7 @@ class ProbingTexts:
                     alike.setdefault(id(sae.W_enc), []).append(sae)
                 for first, *others in alike.values():
                     x = rows[:, i].to(first.dtype)
-                    latents = [first.encode(x)]
-                    if others:
-                        latents += first.encode_at(x, [sae.cfg.alpha for sae in others])
+                    latents = first.encode_at(x, [sae.cfg.alpha for sae in (first, *others)])
                     for sae, f in zip((first, *others), latents, strict=True):
                         means[layer, id(sae)].add(owner, f)
         digest, dtype = handle.split("/")[1], getattr(torch, self.scale.evaluation_dtype)

@@ -15,7 +15,8 @@ def randn(*shape: int, seed: int = 8) -> torch.Tensor:
 def one_token() -> dict:
     """x_c = (3, 4), so r = 5; columns (1, 0) and (0, 2), so c = (0.6, 0.8) and x_c . w = (3, 8)."""
     return {
-        "x_c": torch.tensor([[[3.0, 4.0]]]),
+        "x": torch.tensor([[[4.0, 2.0]]]),
+        "b_dec": torch.tensor([[1.0, -2.0]]),
         "W_enc": torch.tensor([[[1.0, 0.0], [0.0, 2.0]]]),
         "gate": torch.tensor([[2.0, 0.5]]),
         "b_enc": torch.tensor([[0.1, -0.2]]),
@@ -25,7 +26,8 @@ def one_token() -> dict:
 def random_parts(S=2, B=5, D=4, F=7, seed=0) -> dict:
     g = torch.Generator().manual_seed(seed)
     return {
-        "x_c": torch.randn(S, B, D, generator=g),
+        "x": torch.randn(S, B, D, generator=g),
+        "b_dec": 0.2 * torch.randn(S, D, generator=g),
         "W_enc": torch.randn(S, D, F, generator=g),
         "gate": torch.rand(S, F, generator=g) + 0.5,
         "b_enc": torch.randn(S, F, generator=g) * 0.3,
@@ -37,20 +39,20 @@ def per_seed(value: float | torch.Tensor, seed: int) -> torch.Tensor:
     return value[seed, 0, 0].double() if isinstance(value, torch.Tensor) else torch.tensor(value)
 
 
-def loop_pre_activations(x_c, W_enc, gate, b_enc, alpha, k=1.0, exponent=0.0) -> torch.Tensor:
-    """The equation of design.md, one latent of one token of one seed at a time, in float64."""
-    x_c, W_enc, gate, b_enc = (t.double() for t in (x_c, W_enc, gate, b_enc))
+def loop_pre_activations(x, b_dec, W_enc, gate, b_enc, alpha, k=1.0, exponent=0.0) -> torch.Tensor:
+    """The equation of the design, one latent of one token of one seed at a time, in float64."""
+    x, b_dec, W_enc, gate, b_enc = (t.double() for t in (x, b_dec, W_enc, gate, b_enc))
     z = []
-    for s in range(len(x_c)):
+    for s in range(len(x)):
         a, k_s, e_s = (per_seed(value, s) for value in (alpha, k, exponent))
-        for x in x_c[s]:
+        for token in x[s]:
             for i in range(W_enc.shape[-1]):
-                w = W_enc[s, :, i]
-                r, linear = x.norm(), x @ w
+                x_c, w = token - b_dec[s], W_enc[s, :, i]
+                r, linear = x_c.norm(), x_c @ w
                 cosine = linear / (r * w.norm())
                 score = (1 - a) * k_s * r**e_s * cosine + a * linear
                 z.append(gate[s, i] * score + b_enc[s, i])
-    return torch.stack(z).reshape(*x_c.shape[:2], W_enc.shape[-1])
+    return torch.stack(z).reshape(*x.shape[:2], W_enc.shape[-1])
 
 
 def random_sae(seeds=(1, 2), d_in=4, d_sae=7, learned=False, seed=0) -> experiment.BlendedSAE:
@@ -120,7 +122,10 @@ def test_pre_activations_agree_with_a_plain_loop(alpha, k, exponent):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0, torch.tensor([0.2, 1.0])[:, None, None]])
 def test_the_gradient_of_pre_activations_is_that_of_finite_differences(alpha):
-    parts = {name: t.double().requires_grad_() for name, t in random_parts(B=3, D=3, F=4).items()}
+    parts = {name: t.double() for name, t in random_parts(B=3, D=3, F=4).items()}
+    x = parts.pop("x")  # data
+    for t in parts.values():
+        t.requires_grad_()
     k = torch.tensor([0.6, 1.3], dtype=torch.float64)[:, None, None].requires_grad_()
     exponent = torch.tensor([-0.4, 0.9], dtype=torch.float64)[:, None, None].requires_grad_()
     alpha = alpha.double() if isinstance(alpha, torch.Tensor) else alpha
@@ -128,7 +133,7 @@ def test_the_gradient_of_pre_activations_is_that_of_finite_differences(alpha):
     def z(*values):
         *values, k, exponent = values
         named = dict(zip(parts, values, strict=True))
-        return experiment.pre_activations(**named, alpha=alpha, k=k, exponent=exponent)
+        return experiment.pre_activations(x, **named, alpha=alpha, k=k, exponent=exponent)
 
     if isinstance(alpha, float) and alpha == 1.0:  # neither k nor exponent takes part
         assert torch.autograd.gradcheck(lambda *v: z(*v, k, exponent), (*parts.values(),))
@@ -140,7 +145,7 @@ def test_the_gradient_of_pre_activations_is_that_of_finite_differences(alpha):
 def test_alpha_only_decides_how_much_of_the_norm_gets_through(alpha):
     """z = g c [(1 - alpha) k + alpha r ||w||] + b: the sign of a score never depends on alpha."""
     parts, k = random_parts(seed=3), 1.4
-    x_c, W_enc = parts["x_c"].double(), parts["W_enc"].double()
+    x_c, W_enc = (parts["x"] - parts["b_dec"][:, None]).double(), parts["W_enc"].double()
     r, w = x_c.norm(dim=-1, keepdim=True), W_enc.norm(dim=1, keepdim=True)
     c = (x_c @ W_enc) / (r * w)
     gate, b_enc = parts["gate"].double()[:, None], parts["b_enc"].double()[:, None]
@@ -159,7 +164,8 @@ def test_leaving_out_the_idle_half_changes_nothing(alpha):
 
 def test_the_cosine_ignores_the_length_of_tokens_and_of_columns_and_the_linear_score_does_not():
     parts = random_parts(seed=5)
-    longer = parts | {"x_c": 7 * parts["x_c"], "W_enc": 3 * parts["W_enc"]}
+    longer = {name: parts[name] * n for name, n in (("x", 7), ("b_dec", 7), ("W_enc", 3))}
+    longer = parts | longer
     score = {
         (alpha, name): experiment.pre_activations(**p, alpha=alpha) - p["b_enc"][:, None]
         for alpha in (0.0, 1.0)
@@ -172,7 +178,7 @@ def test_the_cosine_ignores_the_length_of_tokens_and_of_columns_and_the_linear_s
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_a_token_at_b_dec_and_a_dead_column_give_the_bias_and_not_nan(alpha):
     parts = random_parts(seed=6)
-    parts["x_c"][:, 0] = 0
+    parts["x"][:, 0] = parts["b_dec"]
     parts["W_enc"][:, :, 0] = 0
     z = experiment.pre_activations(**parts, alpha=alpha)
     assert z.isfinite().all()
@@ -252,8 +258,8 @@ def test_loss_and_gradients_agree_with_a_plain_loop(alpha, learned):
 
     p = {n: t.detach().double().requires_grad_(t.requires_grad) for n, t in sae.named_parameters()}
     k, exponent = (p["log_k"].exp(), p["exponent"]) if learned else (1.0, 0.0)
-    x_c = x.double() - p["b_dec"][:, None]
-    f = loop_pre_activations(x_c, p["W_enc"], p["gate"], p["b_enc"], alpha, k, exponent).clamp(0)
+    weights = (p[name] for name in ("b_dec", "W_enc", "gate", "b_enc"))
+    f = loop_pre_activations(x.expand(2, -1, -1), *weights, alpha, k, exponent).clamp(0)
     loss_S = []
     for s in range(2):
         per_token = []
@@ -370,8 +376,8 @@ def test_normalising_the_learned_blend_gives_unit_encoder_columns_too():
 def exported_latents(weights: dict, blend: dict, raw: torch.Tensor) -> torch.Tensor:
     """What the saved SAE makes of raw activations [B, D]."""
     return experiment.pre_activations(
-        (raw - weights["b_dec"])[None],
-        *(weights[name][None] for name in ("W_enc", "gate", "b_enc")),
+        raw[None],
+        *(weights[name][None] for name in ("b_dec", "W_enc", "gate", "b_enc")),
         alpha=blend["alpha"],
         k=blend["cosine_scale"],
         exponent=blend["norm_exponent"],
