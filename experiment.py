@@ -7,8 +7,8 @@ scores them with SAE-Bench.  A run is a row of the table RUNS; the machine picks
     python plot.py                          # compare all runs found in the current folder
 
 What to expect on two CPU cores (scale "laptop": SmolLM2-135M layer 8, 2,304 latents, 3 seeds): the
-first run takes about 10 minutes with all one-time preparation (less where the cores have bfloat16
-matrix units), later ones under 5.  The control, run_7, ends near L0 = 36 with FVU < 0.25, and its
+first run takes about 9 minutes with all one-time preparation (less where the cores have bfloat16
+matrix units), later ones under 4.  The control, run_7, ends near L0 = 36 with FVU < 0.25, and its
 best latents probe better than the model's best channels.
 
 A token's activation x is seen through a blend of two scores, alpha moving it from cosine to linear:
@@ -1261,17 +1261,35 @@ class Calibration(NamedTuple):
 def calibrate(residuals_ND: torch.Tensor, times_median: float = 3.0) -> Calibration:
     """Left in, the 2% of tokens with many times the usual norm would own the squared error.
 
-    An outlier has more than `times_median` times the median norm of the residuals.
+    An outlier has more than `times_median` times the median norm of the residuals.  Raises
+    ExperimentError where residuals have no scale: not finite, or all the same.
     """
     x = residuals_ND.float()
-    norms = x.norm(dim=-1)
+    norms = finite_norms(x)
     limit = times_median * norms.median().item()
     kept = x[norms <= limit]
     mean = kept.mean(0)
     distances = (kept - mean).norm(dim=-1)
-    scale = 1.0 / distances.square().mean().sqrt().item()
+    spread = distances.square().mean().sqrt().item()
+    require(
+        spread > 1e-6 * limit,
+        "the language model's residuals are the same at every token: check its weights and the "
+        "text",
+    )
+    scale = 1.0 / spread
     outliers = 1 - len(kept) / len(x)
     return Calibration(scale, mean * scale, distances.mean().item() * scale, limit, outliers)
+
+
+def finite_norms(x: torch.Tensor) -> torch.Tensor:
+    """Norms over the last dimension, in float32.  Raises ExperimentError if one is not finite: it
+    would pass for an outlier."""
+    norms = x.float().norm(dim=-1)
+    require(
+        bool(norms.isfinite().all()),
+        "the language model's residuals are not finite (NaN or infinity): check its weights",
+    )
+    return norms
 
 
 def harvest(lm: LanguageModel, contexts_NL: torch.Tensor, batch: int) -> torch.Tensor:
@@ -1320,7 +1338,7 @@ def residual_blocks(
 def without_outliers(block: Block, calibrations: list[Calibration]) -> Block:
     """The block less the tokens that are outliers at any layer."""
     limits = torch.tensor([c.outlier_norm for c in calibrations], device=block.rows.device)
-    keep_N = (block.rows.float().norm(dim=-1) <= limits).all(-1)
+    keep_N = (finite_norms(block.rows) <= limits).all(-1)
     lengths = [int(part.sum()) for part in keep_N.split(block.lengths)]
     return Block(block.before, block.rows[keep_N], lengths)
 
@@ -3240,6 +3258,10 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
         reason = reason.splitlines()[0]
+        if isinstance(error, MemoryError) or "can't allocate memory" in reason:  # torch's own words
+            return complain(
+                f"memory is full: free some, or lower block_contexts or n_seeds, then {again}"
+            )
         lost = isinstance(error, ConnectionError | TimeoutError | socket.gaierror)
         on_disk = getattr(error, "errno", None) or isinstance(error, SafetensorError)
         if on_disk and not lost:  # of a full disk safetensors has an error of its own

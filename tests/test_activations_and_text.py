@@ -526,6 +526,23 @@ def test_calibration_of_bfloat16_residuals_is_computed_in_float32():
     assert found.scale == pytest.approx(exact.scale, rel=1e-3)
 
 
+@pytest.mark.parametrize("same", [0.0, 2.5])
+def test_residuals_that_do_not_vary_have_no_unit(same):
+    with pytest.raises(experiment.ExperimentError, match="are the same at every token"):
+        experiment.calibrate(torch.full((50, 6), same))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_residuals_that_are_not_finite_are_an_error_and_no_outliers(value):
+    x = residuals()
+    x[7, 3] = value
+    with pytest.raises(experiment.ExperimentError, match="are not finite"):
+        experiment.calibrate(x)
+    units = experiment.calibrate(residuals())
+    with pytest.raises(experiment.ExperimentError, match="are not finite"):
+        experiment.without_outliers(block(x[:, None], len(x)), [units])
+
+
 def block(rows: torch.Tensor, *lengths: int, lanes: tuple[int, ...] | None = None) -> Block:
     lanes = lanes or tuple(range(len(lengths)))
     return Block(fresh(lanes), rows, list(lengths))

@@ -168,6 +168,12 @@ def test_a_full_disk_is_one_clear_sentence_wherever_it_fills_up(
         ),
         (SafetensorError("I/O error: no room"), 1, "I/O error: no room: free space"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "the GPU's memory is full"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            1,
+            "error: memory is full: free some",
+        ),
+        (MemoryError(), 1, "error: memory is full: free some"),
         (experiment.Interrupted(signal.SIGTERM), 75, "error: stopped by SIGTERM: run the same"),
         (experiment.Interrupted(signal.SIGINT), 130, "error: stopped by SIGINT: run the same"),
     ],

@@ -176,16 +176,15 @@ sys.exit(experiment.main(sys.argv[1:]))
 """
 
 
-def run_script(
+def start_script(
     *arguments: str,
     scale: experiment.Scale,
     cache: Path,
     cwd: Path,
     patch: str = "",
     few_k: bool = True,
-    timeout: float = 600,
     **environment: str,
-) -> subprocess.CompletedProcess:
+) -> subprocess.Popen:
     """`python experiment.py *arguments` in a process of its own, at `scale`.
 
     `patch` is Python executed in that process before main(), with `experiment` in scope.
@@ -195,15 +194,28 @@ def run_script(
     )
     inherited = {name: v for name, v in os.environ.items() if not name.startswith("WANDB")}
     ours = {"EXPERIMENT_SCALE": scale.name, "COSINE_SAE_CACHE": str(cache)}
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-c", driver, *arguments],
         cwd=cwd,
         env=inherited | ours | environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
-        check=False,
     )
+
+
+def ended(process: subprocess.Popen, timeout: float = 600) -> subprocess.CompletedProcess:
+    """A started process after its end, with what it printed."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run_script(*arguments: str, **how) -> subprocess.CompletedProcess:
+    """start_script() to its end."""
+    return ended(start_script(*arguments, **how))
 
 
 @contextlib.contextmanager
