@@ -132,7 +132,7 @@ def test_a_cache_that_cannot_be_written_is_one_clear_sentence(scale, tmp_path):
 def test_memory_that_runs_out_is_one_clear_sentence(scale, alone, cache, tmp_path):
     alone("run_1")
     limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30,) * 2)"
-    wide = experiment.replace(scale, d_sae=400_000, initial_l0=48.0)
+    wide = experiment.replace(scale, d_sae=4_000_000)
     process = tiny.run_script("--out_dir=run_7", scale=wide, cache=cache, cwd=tmp_path, patch=limit)
     assert_refused(process, "memory is full", "run the same command again")
 
