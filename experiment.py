@@ -1138,7 +1138,9 @@ def tokenized(
         documents = iter(packaged_documents(scale)[start:])
     else:
         documents = streamed_documents(scale.text, start)
-    chosen = ((i, text) for i, text in enumerate(documents, start) if wanted(i))
+    # Half a character (a lone surrogate) is no text to a tokenizer: it becomes "?".
+    whole = (text.encode("utf-8", "replace").decode("utf-8") for text in documents)
+    chosen = ((i, text) for i, text in enumerate(whole, start) if wanted(i))
     while some := list(islice(chosen, at_once)):  # tokenizers spreads a list over the cores
         found = lm.tokenizer([text for _, text in some], add_special_tokens=False).input_ids
         yield from zip((i for i, _ in some), found, strict=True)

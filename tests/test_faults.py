@@ -77,7 +77,10 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+LONG = [d if d == "one bit flipped" else pytest.param(d, marks=pytest.mark.faults) for d in DAMAGE]
+
+
+@pytest.mark.parametrize("damage", LONG)
 @pytest.mark.parametrize("where", ["the cache", "the run"])
 def test_damage_to_every_file_that_is_trusted_changes_no_number(
     where, damage, stopped, alone, scale, tmp_path
@@ -137,22 +140,15 @@ def test_memory_that_runs_out_is_one_clear_sentence(scale, alone, cache, tmp_pat
     assert_refused(process, "memory is full", "run the same command again")
 
 
-def together(names: list[str], alone, scale, tmp_path) -> None:
+@pytest.mark.faults
+def test_four_runs_at_once_on_a_cold_cache_give_the_results_they_give_alone(alone, scale, tmp_path):
+    names = ["run_1", "run_2", "run_7", "run_8"]
     arguments = {"scale": scale, "cache": tmp_path / "cold", "cwd": tmp_path}
     started = [tiny.start_script(f"--out_dir={name}", **arguments) for name in names]
     for name, process in zip(names, started, strict=True):
         done = tiny.ended(process)
         assert (done.returncode, done.stderr) == (0, ""), name
         assert final_info(tmp_path / name) == alone(name), name
-
-
-def test_two_runs_at_once_on_a_cold_cache_give_the_results_they_give_alone(alone, scale, tmp_path):
-    together(["run_1", "run_7"], alone, scale, tmp_path)
-
-
-@pytest.mark.faults
-def test_four_runs_at_once_on_a_cold_cache_give_the_results_they_give_alone(alone, scale, tmp_path):
-    together(["run_1", "run_2", "run_7", "run_8"], alone, scale, tmp_path)
 
 
 # ── Text that is not text ───────────────────────────────────────────────────────────────────────
