@@ -160,7 +160,7 @@ def one_turn(python: Path, name: str, *arguments: object) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=307_200)
+    parser.add_argument("--tokens", type=int, default=183 * BATCH)  # three blocks of text
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--contestants", nargs="+", default=list(CONTESTANTS), choices=CONTESTANTS)
     parser.add_argument("--worker", nargs=4, metavar=("NAME", "MODEL", "DOCUMENTS", "TOKENS"))
