@@ -160,7 +160,10 @@ def main() -> None:
     experiment.probing_artifacts(scale, lm)
 
     here = scores_here(scale, lm, saes, layer)
-    theirs = stock_scores(scale, lm, hooked_llama(experiment.smollm2_folder()), saes, layer)
+    hooked = hooked_llama(experiment.smollm2_folder())
+    hooked.set_tokenizer(lm.tokenizer)
+    hooked.cfg.model_name = lm.name
+    theirs = stock_scores(scale, lm, hooked, saes, layer)
     result = {"run": options.run.name, "tasks": options.tasks, "threads": torch.get_num_threads()}
     for kind in ("sparse_probing", "absorption"):
         (mine, my_scores), (its, its_scores) = here[kind][-1], theirs[kind][-1]
