@@ -104,6 +104,7 @@ def stock_scores(scale, lm, hooked, saes: dict[str, Path], layer: int) -> dict:
     found: dict[str, list] = {"absorption": [], "sparse_probing": []}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
+        (work / "absorbed").mkdir()
         # Its first-letter probes, trained and stored by its own functions.
         shutil.copytree(experiment.first_letter_probes(scale, lm, layer), work / "probes")
         config = AbsorptionEvalConfig(
@@ -122,7 +123,7 @@ def stock_scores(scale, lm, hooked, saes: dict[str, Path], layer: int) -> dict:
                     artifacts_path=str(work / "artifacts"))  # fmt: skip
                 found["sparse_probing"].append(timed(run))
                 if i:  # its probes are there already: every SAE is one after the first
-                    run = lambda: absorption.run_eval(config, sae, "cpu", str(work / "results"))  # noqa: B023, E731
+                    run = lambda: absorption.run_eval(config, sae, "cpu", str(work / "absorbed"))  # noqa: B023, E731
                     found["absorption"].append(timed(run))
     return found
 
