@@ -1069,12 +1069,16 @@ def probing_task(name: str, train_size: int, test_size: int) -> tuple[dict, dict
     return train, test
 
 
+def task_of_pairs(name: str, train_size: int, test_size: int, _seed: int = 0) -> tuple[dict, dict]:
+    """probing_task() as SAE-Bench asks for it: its sizes are of a class and its opposite."""
+    return probing_task(name, train_size // 2, test_size // 2)
+
+
 def training_documents(scale: Scale) -> list[str]:
     """Prose to train on, in a fixed order, sharing no run of 8 words with a probing text."""
     held: set[int] = set()
     for name in scale.tasks:
-        sizes = scale.probe_train_set_size // 2, scale.probe_test_set_size // 2
-        for split in probing_task(name, *sizes):
+        for split in task_of_pairs(name, scale.probe_train_set_size, scale.probe_test_set_size):
             for texts in split.values():
                 held.update(*map(shingles, texts))
     # A dict, not a set: it keeps the order.
@@ -1138,11 +1142,11 @@ def tokenized(
         documents = iter(packaged_documents(scale)[start:])
     else:
         documents = streamed_documents(scale.text, start)
-    # Half a character (a lone surrogate) is no text to a tokenizer: it becomes "?".
-    whole = (text.encode("utf-8", "replace").decode("utf-8") for text in documents)
-    chosen = ((i, text) for i, text in enumerate(whole, start) if wanted(i))
+    chosen = ((i, text) for i, text in enumerate(documents, start) if wanted(i))
     while some := list(islice(chosen, at_once)):  # tokenizers spreads a list over the cores
-        found = lm.tokenizer([text for _, text in some], add_special_tokens=False).input_ids
+        # Half a character (a lone surrogate) is no text to a tokenizer: it becomes "?".
+        texts = [text.encode("utf-8", "replace").decode("utf-8") for _, text in some]
+        found = lm.tokenizer(texts, add_special_tokens=False).input_ids
         yield from zip((i for i, _ in some), found, strict=True)
 
 
@@ -1260,6 +1264,17 @@ class Calibration(NamedTuple):
     outlier_fraction: float  # of the first block
 
 
+def finite_norms(x: torch.Tensor) -> torch.Tensor:
+    """Norms over the last dimension, in float32.  Raises ExperimentError if one is not finite: it
+    would pass for an outlier."""
+    norms = x.float().norm(dim=-1)
+    require(
+        bool(norms.isfinite().all()),
+        "the language model's residuals are not finite (NaN or infinity): check its weights",
+    )
+    return norms
+
+
 def calibrate(residuals_ND: torch.Tensor, times_median: float = 3.0) -> Calibration:
     """Left in, the 2% of tokens with many times the usual norm would own the squared error.
 
@@ -1281,17 +1296,6 @@ def calibrate(residuals_ND: torch.Tensor, times_median: float = 3.0) -> Calibrat
     scale = 1.0 / spread
     outliers = 1 - len(kept) / len(x)
     return Calibration(scale, mean * scale, distances.mean().item() * scale, limit, outliers)
-
-
-def finite_norms(x: torch.Tensor) -> torch.Tensor:
-    """Norms over the last dimension, in float32.  Raises ExperimentError if one is not finite: it
-    would pass for an outlier."""
-    norms = x.float().norm(dim=-1)
-    require(
-        bool(norms.isfinite().all()),
-        "the language model's residuals are not finite (NaN or infinity): check its weights",
-    )
-    return norms
 
 
 def harvest(lm: LanguageModel, contexts_NL: torch.Tensor, batch: int) -> torch.Tensor:
@@ -1533,9 +1537,9 @@ class Trainer:
         return [alpha_at(self.run, w) for w in ways], [l0_target_at(self.scale, w) for w in ways]
 
     def alpha_for(self, alphas: list[float]) -> float | torch.Tensor:
-        """A float where the run never mixes the two scores: the idle half is not computed then."""
-        if self.run.alpha_start == self.run.alpha_end and self.run.alpha_start in (0.0, 1.0):
-            return self.run.alpha_start
+        """A float 1 where the run is linear throughout: the cosine is not computed then."""
+        if self.run.alpha_start == self.run.alpha_end == 1.0:
+            return 1.0
         return torch.tensor(alphas, device=self.device)[:, None, None]
 
     def step(self, x: torch.Tensor) -> dict:
@@ -2084,12 +2088,7 @@ def sae_bench(
         local = {name: list(TASKS[name]) for name in scale.tasks if name in TASKS}
         if local:
             stack.enter_context(mock.patch.dict(dataset_info.chosen_classes_per_dataset, local))
-            substitute(
-                dataset_utils,
-                get_multi_label_train_test_data=lambda name, train, test, _: probing_task(
-                    name, train // 2, test // 2
-                ),
-            )
+            substitute(dataset_utils, get_multi_label_train_test_data=task_of_pairs)
         try:
             yield SimpleNamespace(
                 absorption=absorption, probing=probing, common=common, model=model, folder=folder
@@ -2413,14 +2412,10 @@ def evaluate_probing(
     return results
 
 
-def evaluate_absorption(
-    scale: Scale, lm: LanguageModel, layer: int, saved: dict[str, Path], folder: Path
-) -> list[dict | None]:
-    """SAE-Bench absorption of the saved SAEs; None where the model knows too few letters for it."""
+def absorption_config(scale: Scale, lm: LanguageModel):
     from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
 
-    probes = first_letter_probes(scale, lm, layer)
-    config = AbsorptionEvalConfig(
+    return AbsorptionEvalConfig(
         model_name=lm.name,
         random_seed=scale.evaluation_seed,
         llm_batch_size=scale.lm_batch,
@@ -2428,6 +2423,13 @@ def evaluate_absorption(
         precalc_k_sparse_probe_sae_acts=True,  # else the words are encoded 260 times
         eval_k_sparse_probe_batch_size=1024,
     )
+
+
+def evaluate_absorption(
+    scale: Scale, lm: LanguageModel, layer: int, saved: dict[str, Path], folder: Path
+) -> list[dict | None]:
+    """SAE-Bench absorption of the saved SAEs; None where the model knows too few letters for it."""
+    probes, config = first_letter_probes(scale, lm, layer), absorption_config(scale, lm)
     saes = [(name, load_sae(path).to(lm.device)) for name, path in saved.items()]
     with sae_bench(scale, lm, folder, probes) as bench:
         found = bench.absorption.run_eval(

@@ -61,7 +61,6 @@ def stock(scale: experiment.Scale, lm: experiment.LanguageModel, hooked, work: P
 
     words = experiment.first_letter_words(scale, lm)
     loader = mock.Mock(from_pretrained_no_processing=lambda *_, **__: hooked)
-    texts = lambda name, train, test, _: experiment.probing_task(name, train // 2, test // 2)  # noqa: E731
     k_sparse, absorbed = (
         absorption.run_k_sparse_probing_experiment,
         absorption.run_feature_absortion_experiment,
@@ -71,7 +70,7 @@ def stock(scale: experiment.Scale, lm: experiment.LanguageModel, hooked, work: P
         (probing, "HookedTransformer", loader),
         (common, "get_alpha_tokens", lambda *_, **__: list(words)),
         (feature_absorption, "get_alpha_tokens", lambda *_, **__: list(words)),
-        (dataset_utils, "get_multi_label_train_test_data", texts),
+        (dataset_utils, "get_multi_label_train_test_data", experiment.task_of_pairs),
         (absorption, "run_k_sparse_probing_experiment",
          seeded(k_sparse, k_sparse.__name__, probes_dir=work / "probes",
                 experiment_dir=work / "k_sparse")),
@@ -99,22 +98,13 @@ def stock(scale: experiment.Scale, lm: experiment.LanguageModel, hooked, work: P
 
 def stock_scores(scale, lm, hooked, saes: dict[str, Path], layer: int) -> dict:
     """Seconds and results of each SAE in turn: {"absorption"|"sparse_probing": [(s, result)]}."""
-    from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
-
+    config = experiment.absorption_config(scale, lm)  # with its quicker setting
     found: dict[str, list] = {"absorption": [], "sparse_probing": []}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / "absorbed").mkdir()
         # Its first-letter probes, trained and stored by its own functions.
         shutil.copytree(experiment.first_letter_probes(scale, lm, layer), work / "probes")
-        config = AbsorptionEvalConfig(
-            model_name=lm.name,
-            random_seed=scale.evaluation_seed,
-            llm_batch_size=scale.lm_batch,
-            llm_dtype="float32",
-            precalc_k_sparse_probe_sae_acts=True,  # its quicker setting
-            eval_k_sparse_probe_batch_size=1024,
-        )
         with stock(scale, lm, hooked, work) as (absorption, probing):
             for i, (name, path) in enumerate(saes.items()):
                 sae = [(name, experiment.load_sae(path))]
@@ -166,13 +156,11 @@ def main() -> None:
     hooked.cfg.model_name = lm.name
     theirs = stock_scores(scale, lm, hooked, saes, layer)
     result = {"run": options.run.name, "tasks": options.tasks, "threads": torch.get_num_threads()}
-    for kind in ("sparse_probing", "absorption"):
+    for kind, group in (("sparse_probing", "sae"), ("absorption", "mean")):
         (mine, my_scores), (its, its_scores) = here[kind][-1], theirs[kind][-1]
         mine_only, its_only = only(my_scores), only(its_scores)
-        names = {"sparse_probing": ("sae",), "absorption": ("mean",)}[kind]
         pairs = {
             name: [its_only["eval_result_metrics"][group][name], value]
-            for group in names
             for name, value in mine_only["eval_result_metrics"][group].items()
             if value is not None
         }

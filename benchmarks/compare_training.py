@@ -116,7 +116,7 @@ def sparsify(model: Path, documents: Path, tokens: int) -> dict:
             log_to_wandb=False,
         )
         start = time.perf_counter()
-        # Only as many documents as the budget needs (over 3 characters a token) are tokenised.
+        # Not all documents are tokenised: a token of this text has four characters or five.
         characters, chosen = 0, 0
         while characters < 6 * tokens:
             characters, chosen = characters + len(texts[chosen]["text"]), chosen + 1
@@ -176,14 +176,11 @@ def main() -> None:
 
     scale = experiment.SCALES["laptop"]
     model = experiment.smollm2_folder()
-    lm = experiment.load_language_model(scale)
-    experiment.first_letter_probes(scale, lm, LAYER)
     peers = peers_python(experiment.cache_root() / "peers")
     turns: dict[str, list[dict]] = {name: [] for name in options.contestants}
     with tempfile.TemporaryDirectory() as folder:
         documents = Path(folder) / "documents.json"
         documents.write_text(json.dumps(experiment.packaged_documents(scale)), encoding="utf-8")
-        del lm
         for repetition in range(options.repetitions):
             order = list(turns) if repetition % 2 == 0 else list(reversed(turns))
             for name in order:

@@ -30,3 +30,17 @@ def tiny_model(tmp_path_factory) -> Path:
     import tiny
 
     return tiny.make_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def scale(tiny_model):
+    """The laptop scale for the tiny model."""
+    import tiny
+
+    return tiny.tiny_scale(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """One cache for every test of a file that does not need its own."""
+    return tmp_path_factory.mktemp("shared-cache")

@@ -23,17 +23,6 @@ import experiment
 ENTRY = "tiny layer 1"
 
 
-@pytest.fixture(scope="module")
-def scale(tiny_model) -> experiment.Scale:
-    return tiny.tiny_scale(tiny_model)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    """One cache for every test here that does not need its own."""
-    return tmp_path_factory.mktemp("shared-cache")
-
-
 @pytest.fixture
 def run(scale, cache, tmp_path):
     """run_script() with this module's scale and cache, in an empty folder."""

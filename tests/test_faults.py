@@ -22,16 +22,6 @@ KILLS = 100  # of the long form
 
 
 @pytest.fixture(scope="module")
-def scale(tiny_model) -> experiment.Scale:
-    return tiny.tiny_scale(tiny_model)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("shared-cache")
-
-
-@pytest.fixture(scope="module")
 def alone(scale, cache, tmp_path_factory) -> Callable[[str], bytes]:
     """final_info.json of a run that nothing happened to."""
     folder, found = tmp_path_factory.mktemp("alone"), {}
