@@ -146,7 +146,9 @@ def main() -> None:
     options = parser.parse_args()
     laptop = experiment.SCALES["laptop"]
     scale, layer = replace(laptop, tasks=tuple(options.tasks)), laptop.layers[0]
-    saes = {path.name: path for path in sorted((options.run / "sae").glob("layer_*"))[:2]}
+    saes = {
+        path.name: path for path in sorted((options.run.absolute() / "sae").glob("layer_*"))[:2]
+    }
     lm = experiment.load_language_model(scale)
     experiment.probing_artifacts(scale, lm)
 
