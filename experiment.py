@@ -2005,6 +2005,46 @@ def seed_everything(*names: object) -> None:
     torch.manual_seed(seed)
 
 
+# As codeparrot/github-code's own loading script tells languages: by a file's suffix.
+CODE_SUFFIXES = {
+    "C": (".c", ".h"),
+    "Python": (".py",),
+    "HTML": (".html",),
+    "Java": (".java",),
+    "PHP": (".php", ".php3", ".php4", ".php5", ".phps", ".phpt"),
+}
+
+
+def load_data_only(name: str, *args, trust_remote_code: bool = False, languages=None, **how):
+    """datasets.load_dataset as SAE-Bench calls it, but no code from the hub is ever executed.
+
+    SAE-Bench asks so for one dataset, github-code, whose script only adds each file's language:
+    here its parquet files are read instead, in the same order, and the language is added.
+    """
+    from datasets import load_dataset
+
+    if languages is None:
+        return load_dataset(name, *args, **how)
+    rows = load_dataset("parquet", data_files=f"hf://datasets/{name}/data/train-*.parquet", **how)
+    return (
+        {"code": row["content"], "language": language}
+        for row in rows
+        for language in languages
+        if row["path"].endswith(CODE_SUFFIXES[language])
+    )
+
+
+class InMemory(np.ndarray):
+    """What SAE-Bench takes for a np.memmap.  Writing to a real one on a full disk kills the process
+    without a word (SIGBUS), and all that is in it is saved elsewhere as well."""
+
+    def __new__(cls, path: str, dtype: str, mode: str, shape: tuple[int, ...]):
+        return np.zeros(shape, dtype).view(cls)
+
+    def flush(self) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def sae_bench(
     scale: Scale,
@@ -2085,6 +2125,8 @@ def sae_bench(
                 create_meaned_model_activations=seeded(texts.mean_residuals),
                 get_sae_meaned_activations=seeded(texts.mean_latents),
             )
+        substitute(dataset_utils, load_dataset=load_data_only)
+        substitute(np, memmap=InMemory)
         local = {name: list(TASKS[name]) for name in scale.tasks if name in TASKS}
         if local:
             stack.enter_context(mock.patch.dict(dataset_info.chosen_classes_per_dataset, local))
@@ -2304,10 +2346,6 @@ def first_letter_probes(scale: Scale, lm: LanguageModel, layer: int) -> Path:
         tensors = {"weight": weight, "bias": bias, "f1": torch.tensor(f1)}
         tensors |= {"X": parts["train"][0].contiguous(), "y": parts["train"][1]}
         save_file(tensors, folder / "probe.safetensors")
-        for bulky in folder.rglob(
-            "*_act_tensor.dat"
-        ):  # SAE-Bench keeps the same numbers in data.npz
-            bulky.unlink()
 
     key = {**evaluation_key(scale, lm), "layer": layer, "words": scale.absorption_words}
     return cached("first-letter-probes", key, build)
@@ -3021,7 +3059,8 @@ WRITTEN = ("training_log.jsonl", "checkpoint", "sae", "eval")  # between config 
 
 
 def check_folder(out_dir: Path, identity: dict) -> bool:
-    """Whether the run is finished.  Raises if the folder belongs to another configuration."""
+    """Whether the run is finished.  Raises if the folder belongs to another configuration, or if
+    what a finished run wrote has changed since."""
     config = out_dir / "config.json"
     if not config.exists():
         others = [n for n in ("final_info.json", *WRITTEN) if (out_dir / n).exists()]
@@ -3034,7 +3073,10 @@ def check_folder(out_dir: Path, identity: dict) -> bool:
     try:
         there = json.loads(config.read_text(encoding="utf-8"))
         old = {name: there[name] for name in identity}
-    except (ValueError, KeyError, TypeError) as error:
+        sums = there.get("sha256", {}).items()  # in a finished run's
+        held = {name: digest for name, digest in sums if (out_dir / name).is_file()}
+        changed = [name for name in sorted(held) if file_sha256(out_dir / name) != held[name]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExperimentError(
             f"{config} is not a configuration this program wrote: move {out_dir} away or delete it"
         ) from error
@@ -3044,7 +3086,21 @@ def check_folder(out_dir: Path, identity: dict) -> bool:
         f"{out_dir} was begun with another configuration ({'; '.join(found[:5])}): "
         "delete or rename the folder, or undo the change",
     )
-    return (out_dir / "final_info.json").exists()
+    if not (out_dir / "final_info.json").exists():
+        return False
+    require(
+        not changed,
+        f"{out_dir} is finished, but {', '.join(changed[:5])} changed since: put back what the run "
+        "wrote, or delete the folder and run the same command again",
+    )
+    return True
+
+
+def written_files(out_dir: Path) -> Iterator[Path]:
+    """What stays as it is once a run is finished, but for its configuration."""
+    yield from (out_dir / name for name in ("experiment.py", "training_log.jsonl"))
+    for name in ("sae", "eval"):
+        yield from filter(Path.is_file, (out_dir / name).rglob("*"))
 
 
 def preflight(scale: Scale, out_dir: Path) -> None:
@@ -3197,9 +3253,12 @@ def execute(out_dir: Path, name: str, run: Run, scale: Scale, ranks: Ranks, sign
     finished = out_dir / "checkpoint" / "evaluated"
     arguments = scale, run, lm, training.trainers, saved, heldout, log.records, finished, clock
     results = evaluate(*arguments)
+    text = json_text(results)
+    sums = {str(p.relative_to(out_dir)): file_sha256(p) for p in written_files(out_dir)}
+    sums["final_info.json"] = hashlib.sha256(text.encode()).hexdigest()
     config |= {"weights_sha256": hashes, "seconds": clock.seconds | {"total": clock.total}}
-    write_atomically(out_dir / "config.json", json_text(config))
-    write_atomically(out_dir / "final_info.json", json_text(results))
+    write_atomically(out_dir / "config.json", json_text(config | {"sha256": sums}))
+    write_atomically(out_dir / "final_info.json", text)
     shutil.rmtree(checkpoints.folder)
     print_summary(results, clock)
 
@@ -3268,6 +3327,8 @@ def main(arguments: list[str] | None = None) -> int:
             )
         lost = isinstance(error, ConnectionError | TimeoutError | socket.gaierror)
         on_disk = getattr(error, "errno", None) or isinstance(error, SafetensorError)
+        if "inline_container" in reason:  # torch.save, of a full disk
+            on_disk, reason = True, "a file could not be written"
         if on_disk and not lost:  # of a full disk safetensors has an error of its own
             where = f" at {error.filename}" if getattr(error, "filename", None) else ""
             return complain(

@@ -13,6 +13,8 @@ or a table.  Steadiness is judged on the raw loss: an averaged one is smooth by 
 
 import argparse
 import base64
+import contextlib
+import hashlib
 import html
 import io
 import json
@@ -165,12 +167,24 @@ def natural(text: str) -> list:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text)]
 
 
+def as_written(path: Path) -> str:
+    """The text of a run's file.  Raises ValueError if it is not the one the run wrote: a finished
+    run keeps the SHA-256 of its files in its config.json."""
+    content, sums = path.read_bytes(), {}
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        sums = dict(json.loads((path.parent / "config.json").read_text(encoding="utf-8"))["sha256"])
+    digest = hashlib.sha256(content).hexdigest()
+    if sums.get(path.name, digest) != digest:
+        raise ValueError("it changed since the run wrote it")
+    return content.decode("utf-8")
+
+
 def found_runs(folder: Path) -> dict[str, dict]:
     """final_info.json of every finished run, in natural order; others are named and passed over."""
     runs = {}
     for path in sorted(filter(Path.is_dir, folder.glob("run_*")), key=lambda p: natural(p.name)):
         try:
-            info = json.loads((path / "final_info.json").read_text(encoding="utf-8"))
+            info = json.loads(as_written(path / "final_info.json"))
             for entry in info.values():  # the contract: numbers or nulls under "means"
                 np.array(list(entry["means"].values()), dtype=float)
             runs[path.name] = info
@@ -184,7 +198,7 @@ def found_runs(folder: Path) -> dict[str, dict]:
 def read_optional(path: Path, otherwise: list | dict) -> list | dict:
     """JSON, or its lines as a list; `otherwise` where the file is missing or, said so, damaged."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = as_written(path)
         lines = path.suffix == ".jsonl"
         return json.loads(f"[{','.join(text.splitlines())}]" if lines else text)
     except FileNotFoundError:

@@ -156,6 +156,11 @@ def test_a_full_disk_is_one_clear_sentence_wherever_it_fills_up(
             "No space left on device at run_7/x",
         ),
         (SafetensorError("I/O error: no room"), 1, "I/O error: no room: free space"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+            1,
+            "error: a file could not be written: free space",
+        ),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "the GPU's memory is full"),
         (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),

@@ -4,9 +4,11 @@ Ordinarily a short form of each; `pytest -m faults` is the long one.
 """
 
 import json
+import os
 import random
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,17 +23,58 @@ import experiment
 KILLS = 100  # of the long form
 
 
+SECRETS = {
+    "HF_TOKEN": "hf_tokenthatnobodymaysee",
+    "WANDB_API_KEY": "wandbkeythatnobodymaysee",
+    "SOME_VARIABLE": "variablethatnobodymaysee",
+}
+
+# Changes nothing of what a run does: which files are unpickled is written to a file of its own.
+LISTENING = """
+import atexit, io, json, pickle
+from functools import wraps
+import numpy, torch
+unpickled, trusted = set(), []
+
+def noted(function):
+    @wraps(function)
+    def call(source, *arguments, **named):
+        unpickled.add(str(source))
+        trusted.append(source)
+        try:
+            return function(source, *arguments, **named)
+        finally:
+            trusted.pop()
+    return call
+
+torch.load, pickle.load, numpy.load = noted(torch.load), noted(pickle.load), noted(numpy.load)
+atexit.register(lambda: open({notes!r}, "w").write(json.dumps(sorted(unpickled))))
+
+def hook(event, arguments):
+    if event == "pickle.find_class" and not trusted:
+        unpickled.add("something unknown, for " + ".".join(map(str, arguments)))
+sys.addaudithook(hook)
+"""
+
+
 @pytest.fixture(scope="module")
-def alone(scale, cache, tmp_path_factory) -> Callable[[str], bytes]:
+def alone_in(tmp_path_factory) -> Path:
+    """Where `alone` runs."""
+    return tmp_path_factory.mktemp("alone")
+
+
+@pytest.fixture(scope="module")
+def alone(scale, cache, alone_in) -> Callable[[str], bytes]:
     """final_info.json of a run that nothing happened to."""
-    folder, found = tmp_path_factory.mktemp("alone"), {}
 
     def result(name: str) -> bytes:
-        if name not in found:
-            process = tiny.run_script(f"--out_dir={name}", scale=scale, cache=cache, cwd=folder)
+        if not (alone_in / name).exists():
+            patch = LISTENING.format(notes=str(alone_in / f"unpickled_{name}.json"))
+            arguments = {"scale": scale, "cache": cache, "cwd": alone_in, "patch": patch}
+            process = tiny.run_script(f"--out_dir={name}", **arguments, **SECRETS)
             assert (process.returncode, process.stderr) == (0, "")
-            found[name] = (folder / name / "final_info.json").read_bytes()
-        return found[name]
+            (alone_in / f"stdout_{name}").write_text(process.stdout)
+        return final_info(alone_in / name)
 
     return result
 
@@ -95,6 +138,65 @@ def test_damage_to_every_file_that_is_trusted_changes_no_number(
     assert steps == list(range(20)), "no step lost and none logged twice"
 
 
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_finished_run_that_was_changed_is_refused_by_name_and_left_out_of_the_figures(
+    damage, alone, alone_in, scale, tmp_path, monkeypatch, capfd
+):
+    alone("run_1")
+    shutil.copytree(alone_in / "run_1", tmp_path / "run_1")
+    monkeypatch.setitem(experiment.SCALES, scale.name, scale)
+    monkeypatch.setenv("EXPERIMENT_SCALE", scale.name)
+    argument = f"--out_dir={tmp_path / 'run_1'}"
+    files = [p for p in (tmp_path / "run_1").rglob("*") if p.is_file() and p.name != ".lock"]
+    assert len(files) > 15
+    for path in files:
+        name, good = str(path.relative_to(tmp_path / "run_1")), path.read_bytes()
+        if not good:  # nobody had anything to say in sae_bench.log
+            continue
+        if name == "config.json" and damage == "one bit flipped":  # see the next test
+            continue
+        path.write_bytes(DAMAGE[damage](good))
+        with tiny.signals():
+            status = experiment.main([argument])
+        (error,) = capfd.readouterr().err.splitlines()
+        assert status == 1
+        assert error.startswith("error: ") and name in error
+        if name in ("final_info.json", "training_log.jsonl"):
+            code = f"import plot; plot.load(plot.Path({str(tmp_path)!r}))"
+            drawn = subprocess.run(
+                [sys.executable, "-c", code], cwd=tiny.ROOT, capture_output=True, text=True
+            )
+            assert f"{name} is" in drawn.stdout and "changed since" in drawn.stdout
+        path.write_bytes(good)
+    with tiny.signals():
+        assert experiment.main([argument]) == 0
+
+
+def test_no_flipped_bit_in_a_configuration_is_taken_for_a_run_that_was_asked_for(
+    alone, alone_in, scale, tmp_path
+):
+    """It is refused, or stands where nothing is read: what a run does comes from the program."""
+    alone("run_1")
+    folder = tmp_path / "run_1"
+    shutil.copytree(alone_in / "run_1", folder)
+    good = (folder / "config.json").read_bytes()
+    config = json.loads(good)
+    identity = {name: config[name] for name in ("run_name", "run", "scale")}
+    sums, refused = config["sha256"], 0
+    for at in range(len(good)):
+        (folder / "config.json").write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        try:
+            assert experiment.check_folder(folder, identity)
+        except experiment.ExperimentError:
+            refused += 1
+            continue
+        found = json.loads((folder / "config.json").read_bytes())
+        assert {name: found[name] for name in identity} == identity
+        claimed = found.get("sha256", {})  # of a file whose name was changed nothing is claimed
+        assert {n: claimed[n] for n in claimed.keys() & sums.keys()}.items() <= sums.items()
+    assert refused > len(good) / 4
+
+
 # ── Resources and concurrency ───────────────────────────────────────────────────────────────────
 
 
@@ -128,6 +230,153 @@ def test_memory_that_runs_out_is_one_clear_sentence(scale, alone, cache, tmp_pat
     wide = experiment.replace(scale, d_sae=4_000_000)
     process = tiny.run_script("--out_dir=run_7", scale=wide, cache=cache, cwd=tmp_path, patch=limit)
     assert_refused(process, "memory is full", "run the same command again")
+
+
+# main() in one process, again and again, until it ends well: `where` must be in the path of what
+# cannot be opened for writing, once each.
+NO_ROOM = """
+import errno, os
+full, places = [], {places!r}
+ours = (os.path.realpath({root!r}), os.path.realpath({cache!r}))
+
+def no_room(path):
+    path = os.path.realpath(os.fsdecode(path))
+    if full and path.startswith(ours) and full[0] in path[len(os.path.commonpath(ours)):]:
+        full.pop()
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+def hook(event, arguments):
+    path, _, flags = arguments if event == "open" else (0, 0, 0)
+    if flags & (os.O_WRONLY | os.O_RDWR) and not isinstance(path, int):
+        if error := no_room(path):
+            raise error
+sys.addaudithook(hook)
+
+save_file = experiment.save_file
+def saved(tensors, path, **named):
+    if no_room(path):
+        words = "Error while serializing: I/O error: No space left on device (os error 28)"
+        raise experiment.SafetensorError(words)
+    return save_file(tensors, path, **named)
+experiment.save_file = saved
+
+torch_save = experiment.torch.save
+def torch_saved(value, path):
+    if no_room(path):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+    return torch_save(value, path)
+experiment.torch.save = torch_saved
+
+for place in places:
+    full.append(place)
+    status = experiment.main(sys.argv[1:])
+    print("tried", place, status, not full, flush=True)
+    full.clear()
+"""
+
+
+def test_a_disk_that_is_full_at_any_kind_of_file_is_one_clear_sentence_and_no_loss(
+    scale, alone, tmp_path
+):
+    """Through a symbolic link, which names the run, from an empty cache."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run_1").symlink_to("disk")
+    places = ["/.lock", "config.json", "disk/experiment.py", "documents.json", "probe.pth",
+              "residuals.safetensors", "training_log.jsonl", "checkpoint/partial", "sae_weights",
+              "fidelity", "probing/", "prompts", "final_info.json"]  # fmt: skip
+    cache = tmp_path / "cache"
+    patch = NO_ROOM.format(places=places, root=str(tmp_path), cache=str(cache))
+    arguments = {"scale": scale, "cache": cache, "cwd": tmp_path}
+    process = tiny.run_script("--out_dir=run_1", patch=patch, **arguments)
+    assert process.returncode == 0
+    tried = [line.split()[1:] for line in process.stdout.splitlines() if line.startswith("tried ")]
+    assert tried == [[place, "1", "True"] for place in places]
+    errors = process.stderr.splitlines()
+    assert len(errors) == len(places)
+    for place, error in zip(places, errors, strict=True):
+        assert error.startswith("error: "), place
+        assert "No space left on device" in error or "a file could not be written" in error, place
+        assert "free space" in error and "run the same command again" in error, place
+    assert final_info(tmp_path / "run_1") == alone("run_1")
+    assert (tmp_path / "run_1").is_symlink()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own with 256 KiB of room; yields its folder and how to enlarge it."""
+    disk = tmp_path / "small"
+    disk.mkdir()
+
+    def mount(kibibytes: int, how: str) -> bool:
+        options = f"{how}size={kibibytes}k"
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    if not mount(256, ""):
+        pytest.skip("only root can make a small file system")
+    yield disk, lambda kibibytes: mount(kibibytes, "remount,")
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.mark.faults
+def test_a_disk_that_is_ever_a_little_too_small_loses_nothing(small_disk, scale, alone):
+    """Wherever it happens to be full: in the cache, in SAE-Bench, in the run's own files."""
+    disk, enlarge = small_disk
+    arguments = {"scale": scale, "cache": disk / "cache", "cwd": disk}
+    full, kibibytes = 0, 256
+    while (process := tiny.run_script("--out_dir=run_1", **arguments)).returncode:
+        full += 1
+        assert_refused(process, "free space", "run the same command again")
+        assert process.returncode == 1
+        kibibytes += max(256, kibibytes // 8)
+        assert enlarge(kibibytes)
+    assert process.stderr == ""
+    assert final_info(disk / "run_1") == alone("run_1")
+    print(f"full {full} times, up to {kibibytes} KiB")
+    assert full > 10
+
+
+# Even root obeys a folder's permissions once it has given up CAP_DAC_OVERRIDE (1) and
+# CAP_DAC_READ_SEARCH (2), and what it wrote stays as it was.
+NOT_ALMIGHTY = """
+import ctypes
+libc, header = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0)
+held = (ctypes.c_uint32 * 6)()
+assert libc.capget(header, held) == 0
+for i in (0, 1):
+    held[i] &= ~0b110
+assert libc.capset(header, held) == 0
+for place, cache in {tries!r}:
+    experiment.os.environ["COSINE_SAE_CACHE"] = cache
+    print("tried", experiment.main(["--out_dir=" + place]), flush=True)
+"""
+
+
+def test_a_folder_without_permission_is_one_clear_sentence_and_stays_as_it_was(
+    scale, alone, cache, tmp_path
+):
+    alone("run_1")
+    for name in ("closed", "run_3", "cache"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
+    before = tiny.tree(tmp_path)
+    closed = [tmp_path / name for name in ("closed", "run_3", "cache")]
+    for folder in closed:
+        folder.chmod(0o500)
+    tries = [(f"{tmp_path}/closed/run_1", str(cache)), (f"{tmp_path}/run_3", str(cache)),
+             (f"{tmp_path}/run_5", f"{tmp_path}/cache")]  # fmt: skip
+    arguments = {"scale": scale, "cache": cache, "cwd": tmp_path}
+    process = tiny.run_script(
+        "--out_dir=run_1", patch=NOT_ALMIGHTY.format(tries=tries), **arguments
+    )
+    for folder in closed:
+        folder.chmod(0o700)
+    assert process.stdout.count("tried 1\n") == 3
+    errors = process.stderr.splitlines()[:3]
+    for error, folder in zip(errors, closed, strict=True):
+        assert error.startswith(f"error: Permission denied at {folder}/"), process.stderr
+        assert "fix the folder, then run the same command again" in error
+    assert before.items() <= tiny.tree(tmp_path).items()
 
 
 @pytest.mark.faults
@@ -164,6 +413,35 @@ def test_odd_text_is_trained_on_or_refused_in_one_sentence(documents, said, scal
         assert not (tmp_path / "run_7" / "final_info.json").exists()
     else:
         json.loads(final_info(tmp_path / "run_7"))
+
+
+# ── Security ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_nothing_is_unpickled_but_checked_entries_of_the_cache_and_own_scratch(
+    alone, alone_in, cache
+):
+    """What is in the cache was written by this program and is checked at every use: see DAMAGE."""
+    alone("run_1")
+    found = json.loads((alone_in / "unpickled_run_1.json").read_text())
+    assert any(path.endswith("probe.pth") for path in found), "SAE-Bench's own probes"
+    for path in found:
+        assert path.startswith(str(cache)), path
+
+
+def test_no_token_and_nothing_of_the_environment_is_written_or_printed(alone, alone_in, cache):
+    alone("run_1")
+    plot = [sys.executable, tiny.ROOT / "plot.py", alone_in]
+    drawn = subprocess.run(plot, env=os.environ | SECRETS, capture_output=True, check=True)
+    (alone_in / "stdout_plot").write_bytes(drawn.stdout + drawn.stderr)
+    read = 0
+    for path in [*alone_in.rglob("*"), *cache.rglob("*")]:
+        content = path.read_bytes() if path.is_file() else b""
+        read += bool(content)
+        for secret in SECRETS.values():
+            assert secret.encode() not in content, path
+    assert read > 50
+    assert (alone_in / "report.html").exists()
 
 
 # ── Long runs ───────────────────────────────────────────────────────────────────────────────────

@@ -142,6 +142,15 @@ def test_the_text_is_streamed_at_its_pinned_revision_and_no_dataset_is_kept(hub,
     assert all(f"/resolve/{TEXT_REVISION}/" in path for path in asked)
 
 
+def test_no_code_is_fetched_from_the_hub_and_none_executed(hub, undisturbed):
+    """One of SAE-Bench's eight datasets comes with a loading script of its own."""
+    assert hub.asked("/datasets/codeparrot/github-code/resolve/", "GET")
+    assert not hub.asked(".py")
+    assert (hub.folder / "datasets" / "codeparrot" / "github-code" / "github-code.py").exists()
+    home = Path(hub.environment["HF_HOME"])
+    assert not [path for path in home.rglob("*.py") if path.parent.name != "__pycache__"]
+
+
 def test_no_residual_of_the_probing_texts_is_kept_on_disk(cache, undisturbed):
     """SAE-Bench's way would take 53 GB a layer at the full size."""
     kept = [p for kind in ("probing", "residuals") for p in (cache / kind).rglob("*.safetensors")]

@@ -236,6 +236,19 @@ for name in SparseProbingEvalConfig().dataset_names:
     assert hub.asked("/resolve/", "GET") > 8
 
 
+def test_the_one_dataset_with_a_script_is_read_without_it_and_gives_the_same_texts(hub):
+    code = f"""
+from sae_bench.sae_bench_utils import dataset_utils
+if {{ours}}:
+    dataset_utils.load_dataset = experiment.load_data_only
+name = "codeparrot/github-code"
+result = dataset_utils.get_multi_label_train_test_data(name, {2 * ROWS}, {2 * ROWS}, 42)"""
+    found = client(hub, code.format(ours=True))
+    assert not hub.asked(".py")
+    assert found == client(hub, code.format(ours=False))
+    assert hub.asked("github-code.py"), "its own way, which executes it"
+
+
 def test_no_probing_text_stands_in_the_documents():
     bios, stars = stand_in.PROFESSIONS.values(), sum(stand_in.STARS.values(), ())
     numbers = [number for number, _ in [*bios, *stars, *stand_in.NEWS.values()]]
