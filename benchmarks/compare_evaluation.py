@@ -13,7 +13,7 @@ SAE costs in a study.  The scores stand side by side.
             reads in bfloat16: that, and nothing else, is what scores may differ by
 
 Sparse probing is compared on a part of the tasks, since stock reads every text padded to 128 tokens
-with the whole model.  Writes results/compare_evaluation.json.
+with the whole model.  Writes results/compare_evaluation_<matrix units>.json.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
+import machine
 import torch
 from test_language_model import hooked_llama
 
@@ -184,8 +185,7 @@ def main() -> None:
         print(f"{kind}: stock {its:.1f} s, here {mine:.1f} s: {its / mine:.1f} times faster")
         for name, (a, b) in pairs.items():
             print(f"  {name}: stock {a:.4f}, here {b:.4f}")
-    target = HERE / "results" / "compare_evaluation.json"
-    experiment.write_atomically(target, experiment.json_text(result))
+    machine.write("compare_evaluation", result)
 
 
 if __name__ == "__main__":

@@ -13,24 +13,22 @@ evaluation's language-model work, and the read-out checks.  Writes results/compa
 
 import json
 import statistics
-import sys
 from pathlib import Path
 
+import machine
+from machine import experiment
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-import experiment
 
 
-def measured(name: str) -> dict:
-    path = HERE / "results" / f"{name}.json"
-    if not path.exists():
-        raise SystemExit(f"{path.name} is not there: run benchmarks/{name}.py first")
-    return json.loads(path.read_text(encoding="utf-8"))
+UNITS = "avx512_bf16"  # of the machine that results/laptop was made on
 
 
 def main() -> None:
     scale = experiment.SCALES["laptop"]
-    training, evaluation = measured("compare_training"), measured("compare_evaluation")
+    training, evaluation = (
+        machine.measured(name, UNITS) for name in ("compare_training", "compare_evaluation")
+    )
     classes = {name: len(task) for name, task in experiment.TASKS.items()}
     whole = sum(classes[name] for name in scale.tasks)
     share = sum(classes[name] for name in evaluation["tasks"]) / whole

@@ -9,24 +9,25 @@ model loaded.  Every training is a process of its own; the contestants take turn
 that slows down slows all of them.
 
     cosine-sae   run_1 with one seed and no kept activations, absorption measured as it goes along
+    three-seeds  the same with three seeds, as runs have them: three SAEs in one pass of the text
     sae-lens     LanguageModelSAETrainingRunner, a standard SAE, autocast to bfloat16
     sparsify     its Trainer, a TopK SAE, as it comes (float32)
 
 The peers run in a virtual environment of their own, which this script makes in the cache folder the
 first time (sparsify wants no particular torch and would bring another).  Writes
-results/compare_training.json.
+results/compare_training_<matrix units>.json.
 """
 
 import argparse
 import importlib.metadata
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -37,13 +38,13 @@ PEERS = {"sae-lens": "6.54.12", "eai-sparsify": "1.3.3"}
 # ── The contestants: each gives the seconds from text to a trained SAE ──────────────────────────
 
 
-def cosine_sae(model: Path, documents: Path, tokens: int) -> dict:
+def cosine_sae(model: Path, documents: Path, tokens: int, seeds: int = 1) -> dict:
     """`model` and `documents` are what this program finds in its cache by itself."""
     sys.path.insert(0, str(HERE.parent))
     import experiment
 
     scale = replace(
-        experiment.SCALES["laptop"], n_seeds=1, training_tokens=tokens, keep_activations=False
+        experiment.SCALES["laptop"], n_seeds=seeds, training_tokens=tokens, keep_activations=False
     )
     lm = experiment.load_language_model(scale)
     experiment.first_letter_probes(scale, lm, LAYER)  # made once, for all runs
@@ -127,7 +128,12 @@ def sparsify(model: Path, documents: Path, tokens: int) -> dict:
         return {"seconds": time.perf_counter() - start, "tokens": tokens}
 
 
-CONTESTANTS = {"cosine-sae": cosine_sae, "sae-lens": sae_lens, "sparsify": sparsify}
+CONTESTANTS = {
+    "cosine-sae": cosine_sae,
+    "three-seeds": partial(cosine_sae, seeds=3),
+    "sae-lens": sae_lens,
+    "sparsify": sparsify,
+}
 
 
 # ── Turns ───────────────────────────────────────────────────────────────────────────────────────
@@ -171,8 +177,8 @@ def main() -> None:
         print(json.dumps(found))
         return
 
-    sys.path.insert(0, str(HERE.parent))
-    import experiment
+    import machine  # here, not above: the peers' own environment cannot import what it imports
+    from machine import experiment
 
     scale = experiment.SCALES["laptop"]
     model = experiment.smollm2_folder()
@@ -184,7 +190,7 @@ def main() -> None:
         for repetition in range(options.repetitions):
             order = list(turns) if repetition % 2 == 0 else list(reversed(turns))
             for name in order:
-                python = Path(sys.executable) if name == "cosine-sae" else peers
+                python = peers if name in ("sae-lens", "sparsify") else Path(sys.executable)
                 found = one_turn(python, name, model, documents, options.tokens)
                 turns[name].append(found)
                 speed = found["tokens"] / found["seconds"]
@@ -205,16 +211,13 @@ def main() -> None:
         print(f"cosine-sae is {statistics.median(found):.2f} times as fast as {name} "
               f"({min(found):.2f} to {max(found):.2f})")  # fmt: skip
     result = {
-        "cpu": platform.processor() or platform.machine(),
-        "threads": experiment.torch.get_num_threads(),
-        "versions": experiment.versions("torch", "transformers") | PEERS,
+        "peers": PEERS,
         "tokens": options.tokens,
         "turns": turns,
         "median_tokens_per_second": medians,
         "ratios": ratios,
     }
-    target = HERE / "results" / "compare_training.json"
-    experiment.write_atomically(target, experiment.json_text(result))
+    machine.write("compare_training", result)
 
 
 if __name__ == "__main__":

@@ -7,21 +7,17 @@ bfloat16), what the multiplications of each stage take by themselves, in their o
 stage as experiment.py runs it (the language model cut after block 8 on random tokens; training
 steps of run_1 and run_7 on random activations, 3 seeds).  A stage's share is the time of its
 multiplications alone over its own; floating-point operations are counted from the shapes, two for
-every multiplication and addition, attention included.  Writes results/roofline.json.
+every multiplication and addition, attention included.  Writes
+results/roofline_<matrix units>.json.
 """
 
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+import machine
 import torch
-
-import experiment
+from machine import experiment
 
 Shape = tuple[int, int, int]  # [n, k] @ [k, m]
 
@@ -123,14 +119,8 @@ def main() -> None:
         print(f"{name}: {shown['tokens_per_second']:.0f} tokens/s, {shown['tflops']:.3f} TFLOP/s, "
               f"{shown['share_of_its_own_products']:.0%} of its products alone, "
               f"{shown['share_of_bfloat16_peak']:.0%} of the square peak", flush=True)  # fmt: skip
-    result = {
-        "cpu": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "versions": experiment.versions("torch", "transformers"),
-        "peak_tflops": {name: value / 1e12 for name, value in peaks.items()},
-        "stages": rows,
-    }
-    experiment.write_atomically(HERE / "results" / "roofline.json", experiment.json_text(result))
+    result = {"peak_tflops": {name: value / 1e12 for name, value in peaks.items()}, "stages": rows}
+    machine.write("roofline", result)
 
 
 if __name__ == "__main__":
