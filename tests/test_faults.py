@@ -303,33 +303,36 @@ def test_a_disk_that_is_full_at_any_kind_of_file_is_one_clear_sentence_and_no_lo
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own with 256 KiB of room; yields its folder and how to enlarge it."""
+    """A file system of its own: yields its folder, and what gives it so many KiB of room."""
     disk = tmp_path / "small"
     disk.mkdir()
 
-    def mount(kibibytes: int, how: str) -> bool:
-        options = f"{how}size={kibibytes}k"
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
-        return subprocess.run(command, capture_output=True).returncode == 0
+    def resize(kibibytes: int, how: str = "remount,") -> bool:
+        command = f"mount -t tmpfs -o {how}size={kibibytes}k tmpfs {disk}"
+        return subprocess.run(command.split(), capture_output=True).returncode == 0
 
-    if not mount(256, ""):
+    if not resize(64, how=""):
         pytest.skip("only root can make a small file system")
-    yield disk, lambda kibibytes: mount(kibibytes, "remount,")
+    yield disk, resize
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.mark.faults
-def test_a_disk_that_is_ever_a_little_too_small_loses_nothing(small_disk, scale, alone):
+def test_a_disk_that_is_ever_a_little_too_small_loses_nothing(small_disk, scale, alone, cache):
     """Wherever it happens to be full: in the cache, in SAE-Bench, in the run's own files."""
-    disk, enlarge = small_disk
+    disk, resize = small_disk
+    alone("run_1")
+    text = cache / "documents"  # by far the largest, and one file: not again and again
+    kibibytes = 64 + sum(p.stat().st_size for p in text.rglob("*") if p.is_file()) // 1024
+    assert resize(kibibytes)
+    shutil.copytree(text, disk / "cache" / "documents")
     arguments = {"scale": scale, "cache": disk / "cache", "cwd": disk}
-    full, kibibytes = 0, 256
+    full = 0
     while (process := tiny.run_script("--out_dir=run_1", **arguments)).returncode:
-        full += 1
         assert_refused(process, "free space", "run the same command again")
         assert process.returncode == 1
-        kibibytes += max(256, kibibytes // 8)
-        assert enlarge(kibibytes)
+        full, kibibytes = full + 1, kibibytes + 128
+        assert resize(kibibytes)
     assert process.stderr == ""
     assert final_info(disk / "run_1") == alone("run_1")
     print(f"full {full} times, up to {kibibytes} KiB")
@@ -413,6 +416,32 @@ def test_odd_text_is_trained_on_or_refused_in_one_sentence(documents, said, scal
         assert not (tmp_path / "run_7" / "final_info.json").exists()
     else:
         json.loads(final_info(tmp_path / "run_7"))
+
+
+SPOILED = """
+real = experiment.LanguageModel.residuals
+for factor in ("nan", "inf", "0"):
+    experiment.LanguageModel.residuals = lambda self, tokens: {
+        layer: x * float(factor) for layer, x in real(self, tokens).items()
+    }
+    print("tried", factor, experiment.main(sys.argv[1:]), flush=True)
+"""
+
+
+def test_residuals_that_are_no_numbers_or_all_the_same_are_refused(scale, alone, cache, tmp_path):
+    """The probes come from the cache: training itself has to notice."""
+    alone("run_1")
+    fresh = experiment.replace(scale, keep_activations=False)
+    arguments = {"scale": fresh, "cache": cache, "cwd": tmp_path, "patch": SPOILED}
+    process = tiny.run_script("--out_dir=run_7", **arguments)
+    assert [f"tried {factor} 1" in process.stdout for factor in ("nan", "inf", "0")] == [True] * 3
+    *errors, _ = process.stderr.splitlines()
+    assert [error.split(" (")[0].split(":")[1] for error in errors] == [
+        " the language model's residuals are not finite",
+        " the language model's residuals are not finite",
+        " the language model's residuals are the same at every token",
+    ]
+    assert not (tmp_path / "run_7" / "final_info.json").exists()
 
 
 # ── Security ──────────────────────────────────────────────────────────────────────────────────────
