@@ -200,7 +200,9 @@ def test_no_flipped_bit_in_a_configuration_is_taken_for_a_run_that_was_asked_for
 # ── Resources and concurrency ───────────────────────────────────────────────────────────────────
 
 
-def test_a_cache_that_is_removed_while_a_run_uses_it_is_made_again(scale, alone, tmp_path):
+def test_a_cache_that_is_removed_while_a_run_uses_it_is_made_again(scale, alone, cache, tmp_path):
+    alone("run_1")
+    shutil.copytree(cache, tmp_path / "cache")
     patch = """
 import shutil
 real = experiment.Trainer.step
@@ -227,21 +229,21 @@ def test_a_cache_that_cannot_be_written_is_one_clear_sentence(scale, tmp_path):
 def test_memory_that_runs_out_is_one_clear_sentence(scale, alone, cache, tmp_path):
     alone("run_1")
     limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30,) * 2)"
-    wide = experiment.replace(scale, d_sae=4_000_000)
+    wide = experiment.replace(scale, d_sae=40_000_000)  # 10 GB of weights
     process = tiny.run_script("--out_dir=run_7", scale=wide, cache=cache, cwd=tmp_path, patch=limit)
     assert_refused(process, "memory is full", "run the same command again")
 
 
-# main() in one process, again and again, until it ends well: `where` must be in the path of what
-# cannot be opened for writing, once each.
+# main() in one process, again and again until it ends well: the first file with `place` in its
+# path that is opened for writing finds no room, once for each place.
 NO_ROOM = """
 import errno, os
 full, places = [], {places!r}
-ours = (os.path.realpath({root!r}), os.path.realpath({cache!r}))
+root = os.path.realpath({root!r})
 
 def no_room(path):
     path = os.path.realpath(os.fsdecode(path))
-    if full and path.startswith(ours) and full[0] in path[len(os.path.commonpath(ours)):]:
+    if full and path.startswith(root) and full[0] in path[len(root):]:
         full.pop()
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
@@ -276,17 +278,18 @@ for place in places:
 
 
 def test_a_disk_that_is_full_at_any_kind_of_file_is_one_clear_sentence_and_no_loss(
-    scale, alone, tmp_path
+    scale, alone, cache, tmp_path
 ):
-    """Through a symbolic link, which names the run, from an empty cache."""
+    """Through a symbolic link, which names the run; the cache holds the documents and no more."""
+    alone("run_1")
+    shutil.copytree(cache / "documents", tmp_path / "cache" / "documents")
     (tmp_path / "disk").mkdir()
     (tmp_path / "run_1").symlink_to("disk")
-    places = ["/.lock", "config.json", "disk/experiment.py", "documents.json", "probe.pth",
+    places = ["/.lock", "config.json", "disk/experiment.py", "probe.pth",
               "residuals.safetensors", "training_log.jsonl", "checkpoint/partial", "sae_weights",
               "fidelity", "probing/", "prompts", "final_info.json"]  # fmt: skip
-    cache = tmp_path / "cache"
-    patch = NO_ROOM.format(places=places, root=str(tmp_path), cache=str(cache))
-    arguments = {"scale": scale, "cache": cache, "cwd": tmp_path}
+    patch = NO_ROOM.format(places=places, root=str(tmp_path))
+    arguments = {"scale": scale, "cache": tmp_path / "cache", "cwd": tmp_path}
     process = tiny.run_script("--out_dir=run_1", patch=patch, **arguments)
     assert process.returncode == 0
     tried = [line.split()[1:] for line in process.stdout.splitlines() if line.startswith("tried ")]
