@@ -2041,6 +2041,7 @@ class InMemory(np.ndarray):
     without a word (SIGBUS), and all that is in it is saved elsewhere as well."""
 
     def __new__(cls, path: str, dtype: str, mode: str, shape: tuple[int, ...]):
+        require(mode == "w+", f"{path} is read as a np.memmap while SAE-Bench runs: not expected")
         return np.zeros(shape, dtype).view(cls)
 
     def flush(self) -> None:
@@ -2553,9 +2554,11 @@ def evaluate(
     """
     out_dir, alphas = finished.parent.parent, run.readout_alphas
 
-    def part(kind: str, names: Iterable[str], compute: Callable[[], object]) -> object:
+    def part(
+        kind: str, names: Iterable[str], compute: Callable[[], object], beside: Path | None = None
+    ) -> object:
         digest = hashlib.sha256(" ".join(names).encode()).hexdigest()[:16]
-        return remembered(finished / f"{kind}_{digest}.json", compute)
+        return remembered(finished / f"{kind}_{digest}.json", compute, beside)
 
     fidelities, absorption, probing = {}, {}, {}
     for trainer in trainers:
@@ -2569,18 +2572,20 @@ def evaluate(
         fidelities[layer] = [Fidelity(*f) for f in part("fidelity", paths, fidelity)]
     clock.lap("fidelity")
 
-    def all_probing() -> list:
-        found = evaluate_probing(scale, lm, saved, out_dir / "eval" / "sparse_probing", alphas)
+    folder = out_dir / "eval" / "sparse_probing"
+
+    def all_probing(folder: Path = folder) -> list:
+        found = evaluate_probing(scale, lm, saved, folder, alphas)
         return [[*key, results] for key, results in found.items()]
 
     names = [name for paths in saved.values() for name in paths]
-    for layer, alpha, results in part("sparse_probing", names, all_probing):
+    for layer, alpha, results in part("sparse_probing", names, all_probing, folder):
         probing[layer, alpha] = results
     clock.lap("sparse probing")
     for layer, paths in saved.items():
         folder = out_dir / "eval" / "absorption"
         compute = partial(evaluate_absorption, scale, lm, layer, paths, folder)
-        absorption[layer] = part("absorption", paths, compute)
+        absorption[layer] = part("absorption", paths, compute, folder)
     clock.lap("absorption")
 
     entries = {}
@@ -2636,20 +2641,25 @@ def write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def remembered(path: Path, compute: Callable[[], object]) -> object:
-    """compute(), as JSON has it: kept in a file with its checksum, and read back from there."""
+def remembered(path: Path, compute: Callable[[], object], beside: Path | None = None) -> object:
+    """compute(), as JSON has it: kept in a file with its checksum, and read back from there as long
+    as the files that compute() wrote to the folder `beside` are what they were."""
 
     def checksum(value: object) -> str:
         return hashlib.sha256(json_text(value).encode()).hexdigest()
 
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         held = json.loads(path.read_text(encoding="utf-8"))
-        if held["sha256"] == checksum(held["value"]):
+        whole = all(file_sha256(beside / name) == s for name, s in held["beside"].items())
+        if whole and held["sha256"] == checksum([held["value"], held["beside"]]):
             return held["value"]
-        say(f"{path.name} is damaged and is made again")
+        say(f"{path.name}, or what was written with it, is damaged and is made again")
     value = json.loads(json_text(compute()))
+    files = sorted(beside.iterdir()) if beside else []
+    sums = {file.name: file_sha256(file) for file in files}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json_text({"sha256": checksum(value), "value": value}))
+    held = {"sha256": checksum([value, sums]), "value": value, "beside": sums}
+    write_atomically(path, json_text(held))
     return value
 
 

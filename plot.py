@@ -200,10 +200,13 @@ def read_optional(path: Path, otherwise: list | dict) -> list | dict:
     try:
         text = as_written(path)
         lines = path.suffix == ".jsonl"
-        return json.loads(f"[{','.join(text.splitlines())}]" if lines else text)
+        found = json.loads(f"[{','.join(text.splitlines())}]" if lines else text)
+        if type(found) is not type(otherwise) or (lines and not all("layer" in r for r in found)):
+            raise ValueError("it is not what a run writes")
+        return found
     except FileNotFoundError:
         return otherwise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         print(f"{path.parent.name}: {path.name} is left out ({error!r})")
         return otherwise
 

@@ -13,7 +13,7 @@ SAE costs in a study.  The scores stand side by side.
             reads in bfloat16: that, and nothing else, is what scores may differ by
 
 Sparse probing is compared on a part of the tasks, since stock reads every text padded to 128 tokens
-with the whole model.  Writes results/compare_evaluation_<matrix units>.json.
+with the whole model.  Writes results/compare_evaluation_<bfloat16 units>.json.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The same training by this program, SAELens and sparsify, side by side.
 
-    python benchmarks/compare_training.py                                # about half an hour
+    python benchmarks/compare_training.py                                # 14 to 40 minutes
     python benchmarks/compare_training.py --repetitions 1 --tokens 102400
 
 The work: SmolLM2-135M in bfloat16, residual stream after block 8, contexts of 128 tokens, one SAE
@@ -15,7 +15,7 @@ that slows down slows all of them.
 
 The peers run in a virtual environment of their own, which this script makes in the cache folder the
 first time (sparsify wants no particular torch and would bring another).  Writes
-results/compare_training_<matrix units>.json.
+results/compare_training_<bfloat16 units>.json.
 """
 
 import argparse

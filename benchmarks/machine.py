@@ -10,11 +10,11 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import experiment
 
-MATRIX_UNITS = ("amx_bf16", "avx512_bf16")  # the best first
+BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16")  # the best first
 
 
 def cpu() -> tuple[str, str]:
-    """(model, the best of MATRIX_UNITS it has, or "no_bf16")."""
+    """(model, the best of BFLOAT16_UNITS it has, or "no_bf16"; "unknown" off Linux)."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -22,7 +22,7 @@ def cpu() -> tuple[str, str]:
     about = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
     about = {name.strip(): value.strip() for name, value in about.items()}
     flags = about.get("flags", "").split()
-    units = next((unit for unit in MATRIX_UNITS if unit in flags), "no_bf16")
+    units = next((unit for unit in BFLOAT16_UNITS if unit in flags), "no_bf16")
     return about.get("model name", platform.machine()), units
 
 
@@ -35,7 +35,9 @@ def measured(name: str, units: str = "") -> dict:
     """What a benchmark wrote; exits where it has not been run."""
     path = target(name, units)
     if not path.exists():
-        raise SystemExit(f"{path.name} is not there: run benchmarks/{name}.py first")
+        raise SystemExit(
+            f"{path.name} is not there: benchmarks/{name}.py writes it on such a machine"
+        )
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -8,7 +8,7 @@ stage as experiment.py runs it (the language model cut after block 8 on random t
 steps of run_1 and run_7 on random activations, 3 seeds).  A stage's share is the time of its
 multiplications alone over its own; floating-point operations are counted from the shapes, two for
 every multiplication and addition, attention included.  Writes
-results/roofline_<matrix units>.json.
+results/roofline_<bfloat16 units>.json.
 """
 
 import statistics

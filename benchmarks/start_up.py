@@ -4,9 +4,10 @@
 
 Every start is the real command in a process and a folder of its own, stopped after its first step;
 the caches must hold what the laptop scale needs (any finished run leaves that).  Writes
-results/start_up_<matrix units>.json.
+results/start_up_<bfloat16 units>.json.
 """
 
+import os
 import statistics
 import subprocess
 import sys
@@ -37,7 +38,8 @@ def one_start() -> float:
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         command = [sys.executable, "-c", UNTIL_THE_FIRST_STEP, "--out_dir=run_7"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        laptop = os.environ | {"EXPERIMENT_SCALE": "laptop"}
+        done = subprocess.run(command, cwd=folder, env=laptop, capture_output=True, text=True)
         seconds = time.perf_counter() - start
     if done.returncode or "(once)" in done.stdout:
         raise SystemExit(f"no warm start:\n{done.stdout}{done.stderr}")

@@ -197,6 +197,26 @@ def test_no_flipped_bit_in_a_configuration_is_taken_for_a_run_that_was_asked_for
     assert refused > len(good) / 4
 
 
+def test_damage_to_what_sae_bench_wrote_for_a_stopped_run_is_not_taken_over(
+    stopped, alone, alone_in, scale, tmp_path
+):
+    """Its numbers are remembered elsewhere: the files beside them have to be right as well."""
+    shutil.copytree(stopped.folder, tmp_path / "run_1")
+    written = [*(tmp_path / "run_1" / "eval").rglob("*.json")]
+    assert written
+    for path in written:
+        path.write_bytes(flipped(path.read_bytes()))
+    arguments = {"scale": scale, "cache": stopped.cache, "cwd": tmp_path}
+    process = tiny.run_script("--out_dir=run_1", **arguments)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "is damaged and is made again" in process.stdout
+    assert final_info(tmp_path / "run_1") == alone("run_1")
+    for path in written:
+        there = alone_in / path.relative_to(tmp_path)
+        mine, its = (json.loads(p.read_text(encoding="utf-8")) for p in (path, there))
+        assert experiment.without_times(mine) == experiment.without_times(its)
+
+
 # ── Resources and concurrency ───────────────────────────────────────────────────────────────────
 
 
@@ -450,9 +470,7 @@ def test_residuals_that_are_no_numbers_or_all_the_same_are_refused(scale, alone,
 # ── Security ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_nothing_is_unpickled_but_checked_entries_of_the_cache_and_own_scratch(
-    alone, alone_in, cache
-):
+def test_nothing_is_unpickled_but_checked_entries_of_the_cache(alone, alone_in, cache):
     """What is in the cache was written by this program and is checked at every use: see DAMAGE."""
     alone("run_1")
     found = json.loads((alone_in / "unpickled_run_1.json").read_text())
