@@ -392,11 +392,12 @@ def test_a_folder_without_permission_is_one_clear_sentence_and_stays_as_it_was(
     tries = [(f"{tmp_path}/closed/run_1", str(cache)), (f"{tmp_path}/run_3", str(cache)),
              (f"{tmp_path}/run_5", f"{tmp_path}/cache")]  # fmt: skip
     arguments = {"scale": scale, "cache": cache, "cwd": tmp_path}
-    process = tiny.run_script(
-        "--out_dir=run_1", patch=NOT_ALMIGHTY.format(tries=tries), **arguments
-    )
-    for folder in closed:
-        folder.chmod(0o700)
+    patch = NOT_ALMIGHTY.format(tries=tries)
+    try:
+        process = tiny.run_script("--out_dir=run_1", patch=patch, **arguments)
+    finally:
+        for folder in closed:
+            folder.chmod(0o700)
     assert process.stdout.count("tried 1\n") == 3
     errors = process.stderr.splitlines()[:3]
     for error, folder in zip(errors, closed, strict=True):
