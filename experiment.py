@@ -2655,7 +2655,7 @@ def remembered(path: Path, compute: Callable[[], object], beside: Path | None = 
             return held["value"]
         say(f"{path.name}, or what was written with it, is damaged and is made again")
     value = json.loads(json_text(compute()))
-    files = sorted(beside.iterdir()) if beside else []
+    files = sorted(beside.glob("*")) if beside else []
     sums = {file.name: file_sha256(file) for file in files}
     path.parent.mkdir(parents=True, exist_ok=True)
     held = {"sha256": checksum([value, sums]), "value": value, "beside": sums}
