@@ -244,7 +244,7 @@ if {{ours}}:
 name = "codeparrot/github-code"
 result = dataset_utils.get_multi_label_train_test_data(name, {2 * ROWS}, {2 * ROWS}, 42)"""
     found = client(hub, code.format(ours=True))
-    assert not hub.asked(".py")
+    assert not hub.asked("github-code.py")
     assert found == client(hub, code.format(ours=False))
     assert hub.asked("github-code.py"), "its own way, which executes it"
 
