@@ -2552,13 +2552,11 @@ def evaluate(
     Each part that is finished is kept in `finished`, so that a run that is stopped goes on after
     it; the names hold the weights' hashes, so nothing of other weights is ever taken up.
     """
-    out_dir, alphas = finished.parent.parent, run.readout_alphas
+    folder, alphas = finished.parent.parent / "eval", run.readout_alphas
 
-    def part(
-        kind: str, names: Iterable[str], compute: Callable[[], object], beside: Path | None = None
-    ) -> object:
+    def part(kind: str, names: Iterable[str], compute: Callable[[], object]) -> object:
         digest = hashlib.sha256(" ".join(names).encode()).hexdigest()[:16]
-        return remembered(finished / f"{kind}_{digest}.json", compute, beside)
+        return remembered(finished / f"{kind}_{digest}.json", compute, beside=folder / kind)
 
     fidelities, absorption, probing = {}, {}, {}
     for trainer in trainers:
@@ -2572,20 +2570,17 @@ def evaluate(
         fidelities[layer] = [Fidelity(*f) for f in part("fidelity", paths, fidelity)]
     clock.lap("fidelity")
 
-    folder = out_dir / "eval" / "sparse_probing"
-
-    def all_probing(folder: Path = folder) -> list:
-        found = evaluate_probing(scale, lm, saved, folder, alphas)
+    def all_probing() -> list:
+        found = evaluate_probing(scale, lm, saved, folder / "sparse_probing", alphas)
         return [[*key, results] for key, results in found.items()]
 
     names = [name for paths in saved.values() for name in paths]
-    for layer, alpha, results in part("sparse_probing", names, all_probing, folder):
+    for layer, alpha, results in part("sparse_probing", names, all_probing):
         probing[layer, alpha] = results
     clock.lap("sparse probing")
     for layer, paths in saved.items():
-        folder = out_dir / "eval" / "absorption"
-        compute = partial(evaluate_absorption, scale, lm, layer, paths, folder)
-        absorption[layer] = part("absorption", paths, compute, folder)
+        compute = partial(evaluate_absorption, scale, lm, layer, paths, folder / "absorption")
+        absorption[layer] = part("absorption", paths, compute)
     clock.lap("absorption")
 
     entries = {}
@@ -3085,10 +3080,8 @@ def check_folder(out_dir: Path, identity: dict) -> bool:
     try:
         there = json.loads(config.read_text(encoding="utf-8"))
         old = {name: there[name] for name in identity}
-        sums = there.get("sha256", {}).items()  # in a finished run's
-        held = {name: digest for name, digest in sums if (out_dir / name).is_file()}
-        changed = [name for name in sorted(held) if file_sha256(out_dir / name) != held[name]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        sums = dict(there.get("sha256", {}))  # of a finished run's files
+    except (ValueError, KeyError, TypeError) as error:
         raise ExperimentError(
             f"{config} is not a configuration this program wrote: move {out_dir} away or delete it"
         ) from error
@@ -3100,6 +3093,8 @@ def check_folder(out_dir: Path, identity: dict) -> bool:
     )
     if not (out_dir / "final_info.json").exists():
         return False
+    held = [name for name in sorted(sums) if (out_dir / name).is_file()]
+    changed = [name for name in held if file_sha256(out_dir / name) != sums[name]]
     require(
         not changed,
         f"{out_dir} is finished, but {', '.join(changed[:5])} changed since: put back what the run "

@@ -26,13 +26,13 @@ def cpu() -> tuple[str, str]:
     return about.get("model name", platform.machine()), units
 
 
-def target(name: str, units: str = "") -> Path:
+def target(name: str, units: str) -> Path:
     """results/<name>_<units>.json: each kind of machine keeps its own."""
-    return HERE / "results" / f"{name}_{units or cpu()[1]}.json"
+    return HERE / "results" / f"{name}_{units}.json"
 
 
-def measured(name: str, units: str = "") -> dict:
-    """What a benchmark wrote; exits where it has not been run."""
+def measured(name: str, units: str) -> dict:
+    """What a benchmark wrote on one kind of machine; exits where it has not been run there."""
     path = target(name, units)
     if not path.exists():
         raise SystemExit(
@@ -49,4 +49,4 @@ def write(name: str, result: dict) -> None:
         "threads": experiment.torch.get_num_threads(),
         "versions": experiment.versions("torch", "transformers", "sae-bench"),
     }
-    experiment.write_atomically(target(name), experiment.json_text(about | result))
+    experiment.write_atomically(target(name, units), experiment.json_text(about | result))

@@ -31,7 +31,7 @@ SECRETS = {
 
 # Changes nothing of what a run does: which files are unpickled is written to a file of its own.
 LISTENING = """
-import atexit, io, json, pickle
+import atexit, json, pickle
 from functools import wraps
 import numpy, torch
 unpickled, trusted = set(), []
@@ -97,9 +97,10 @@ def stopped(scale, cache, alone, tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(folder=folder / "run_1", cache=cache)
 
 
-def flipped(data: bytes) -> bytes:
-    middle = len(data) // 2
-    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+def flipped(data: bytes, at: int | None = None) -> bytes:
+    """One bit of the byte `at`, or of the middle one."""
+    at = len(data) // 2 if at is None else at
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
@@ -184,7 +185,7 @@ def test_no_flipped_bit_in_a_configuration_is_taken_for_a_run_that_was_asked_for
     identity = {name: config[name] for name in ("run_name", "run", "scale")}
     sums, refused = config["sha256"], 0
     for at in range(len(good)):
-        (folder / "config.json").write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        (folder / "config.json").write_bytes(flipped(good, at))
         try:
             assert experiment.check_folder(folder, identity)
         except experiment.ExperimentError:

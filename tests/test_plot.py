@@ -425,6 +425,18 @@ def test_a_damaged_log_is_left_out_and_the_run_kept(plot, tmp_path, capsys):
     assert "run_1: training_log.jsonl is left out" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("line", ["{}", '{"step": 0}', "[0]", "0"])
+def test_a_log_of_something_else_is_left_out_and_the_run_kept(plot, tmp_path, capsys, line):
+    run = write_run(tmp_path, "run_1", {LAPTOP: usual_entry()}, records(8))
+    (run / "training_log.jsonl").write_text(f"{line}\n")
+    (run / "config.json").write_text("[]")
+    (arm,) = plot.load(tmp_path)[LAPTOP]
+    assert (arm.records, arm.config) == ([], {})
+    said = capsys.readouterr().out
+    assert "run_1: training_log.jsonl is left out" in said
+    assert "run_1: config.json is left out" in said
+
+
 def test_drawing_again_gives_the_same_files_byte_for_byte(alone):
     def content() -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in alone.iterdir() if path.is_file()}
