@@ -16,7 +16,6 @@ import statistics
 from pathlib import Path
 
 import machine
-from machine import experiment
 
 HERE = Path(__file__).resolve().parent
 
@@ -25,11 +24,11 @@ UNITS = "avx512_bf16"  # of the machine that results/laptop was made on
 
 
 def main() -> None:
-    scale = experiment.SCALES["laptop"]
+    scale = lab.scales.SCALES["laptop"]
     training, evaluation = (
         machine.measured(name, UNITS) for name in ("compare_training", "compare_evaluation")
     )
-    classes = {name: len(task) for name, task in experiment.TASKS.items()}
+    classes = {name: len(task) for name, task in lab.packaged_text.TASKS.items()}
     whole = sum(classes[name] for name in scale.tasks)
     share = sum(classes[name] for name in evaluation["tasks"]) / whole
     per_sae = {
@@ -69,7 +68,7 @@ def main() -> None:
         f"{later:.0f} s: {result['times_faster_later_run']:.1f} times faster"
     )
     target = HERE / "results" / "compare_study.json"
-    experiment.write_atomically(target, experiment.json_text(result))
+    lab.storage.write_atomically(target, lab.storage.json_text(result))
 
 
 if __name__ == "__main__":

@@ -44,18 +44,18 @@ def cosine_sae(model: Path, documents: Path, tokens: int, seeds: int = 1) -> dic
     import experiment
 
     scale = replace(
-        experiment.SCALES["laptop"], n_seeds=seeds, training_tokens=tokens, keep_activations=False
+        lab.scales.SCALES["laptop"], n_seeds=seeds, training_tokens=tokens, keep_activations=False
     )
-    lm = experiment.load_language_model(scale)
-    experiment.first_letter_probes(scale, lm, LAYER)  # made once, for all runs
+    lm = lab.language_model.load_language_model(scale)
+    lab.absorption.first_letter_probes(scale, lm, LAYER)  # made once, for all runs
     start = time.perf_counter()
-    _, first_document = experiment.heldout_contexts(scale, lm)
+    _, first_document = lab.text.heldout_contexts(scale, lm)
     training = experiment.Training(
-        scale, experiment.RUNS["run_1"], lm, first_document, experiment.Ranks()
+        scale, experiment.RUNS["run_1"], lm, first_document, lab.process.Ranks()
     )
     with tempfile.TemporaryDirectory() as folder:
-        log = experiment.TrainingLog(Path(folder) / "log.jsonl", "run_1", {})
-        training.train(log, experiment.Checkpoints(Path(folder), {}), experiment.Signals())
+        log = lab.checkpoints.TrainingLog(Path(folder) / "log.jsonl", "run_1", {})
+        training.train(log, lab.checkpoints.Checkpoints(Path(folder), {}), lab.process.Signals())
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "tokens": training.steps_done * BATCH}
 
@@ -178,15 +178,16 @@ def main() -> None:
         return
 
     import machine  # here, not above: the peers' own environment cannot import what it imports
-    from machine import experiment
 
-    scale = experiment.SCALES["laptop"]
-    model = experiment.smollm2_folder()
-    peers = peers_python(experiment.cache_root() / "peers")
+    scale = lab.scales.SCALES["laptop"]
+    model = lab.smollm2.smollm2_folder()
+    peers = peers_python(lab.storage.cache_root() / "peers")
     turns: dict[str, list[dict]] = {name: [] for name in options.contestants}
     with tempfile.TemporaryDirectory() as folder:
         documents = Path(folder) / "documents.json"
-        documents.write_text(json.dumps(experiment.packaged_documents(scale)), encoding="utf-8")
+        documents.write_text(
+            json.dumps(lab.packaged_text.packaged_documents(scale)), encoding="utf-8"
+        )
         for repetition in range(options.repetitions):
             order = list(turns) if repetition % 2 == 0 else list(reversed(turns))
             for name in order:

@@ -9,6 +9,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import experiment
+import lab.storage
 
 BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16")  # the best first
 
@@ -47,6 +48,6 @@ def write(name: str, result: dict) -> None:
     about = {
         "cpu": f"{model}, {os.cpu_count()} cores, {units}",
         "threads": experiment.torch.get_num_threads(),
-        "versions": experiment.versions("torch", "transformers", "sae-bench"),
+        "versions": lab.storage.versions("torch", "transformers", "sae-bench"),
     }
-    experiment.write_atomically(target(name, units), experiment.json_text(about | result))
+    lab.storage.write_atomically(target(name, units), lab.storage.json_text(about | result))

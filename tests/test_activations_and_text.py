@@ -15,7 +15,13 @@ import tiny
 import torch
 
 import experiment
-from experiment import Block, Lane, Position
+import lab.activations
+import lab.packaged_text
+import lab.process
+import lab.scales
+import lab.text
+from lab.activations import Block, Position
+from lab.text import Lane
 
 # ── Packing ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -36,7 +42,7 @@ def test_a_context_is_bos_and_the_tokens_that_fit_and_a_remainder_is_left_out(
     n_tokens, length, contexts
 ):
     tokens = list(range(n_tokens))
-    packed = experiment.pack(tokens, BOS, length)
+    packed = lab.text.pack(tokens, BOS, length)
     assert packed.tolist() == contexts
     assert packed.shape == (len(contexts), length) and packed.dtype == torch.long
     assert tokens == list(range(n_tokens)), "the list is left as it was"
@@ -50,30 +56,34 @@ def words(first: int, n: int) -> str:
 
 
 def test_a_text_has_one_shingle_for_every_run_of_8_words():
-    assert len(experiment.shingles(words(0, 8))) == 1
-    assert len(experiment.shingles(words(0, 20))) == 13
-    assert len(experiment.shingles(words(0, 20), words=3)) == 18
+    assert len(lab.packaged_text.shingles(words(0, 8))) == 1
+    assert len(lab.packaged_text.shingles(words(0, 20))) == 13
+    assert len(lab.packaged_text.shingles(words(0, 20), words=3)) == 18
 
 
 def test_a_text_below_8_words_is_one_shingle_of_its_own():
-    assert len(experiment.shingles("a b c")) == 1
-    assert experiment.shingles("a b c") != experiment.shingles("a b")
-    assert experiment.shingles("a b c").isdisjoint(experiment.shingles("a b c d e f g h"))
-    assert len(experiment.shingles("")) == 1
+    assert len(lab.packaged_text.shingles("a b c")) == 1
+    assert lab.packaged_text.shingles("a b c") != lab.packaged_text.shingles("a b")
+    assert lab.packaged_text.shingles("a b c").isdisjoint(
+        lab.packaged_text.shingles("a b c d e f g h")
+    )
+    assert len(lab.packaged_text.shingles("")) == 1
 
 
 def test_shingles_ignore_case_and_spacing_but_not_order():
     text = "One two three four five six seven eight"
-    assert experiment.shingles(text) == experiment.shingles("  " + text.upper().replace(" ", "\n "))
+    assert lab.packaged_text.shingles(text) == lab.packaged_text.shingles(
+        "  " + text.upper().replace(" ", "\n ")
+    )
     turned = " ".join(reversed(text.split()))
-    assert experiment.shingles(text).isdisjoint(experiment.shingles(turned))
+    assert lab.packaged_text.shingles(text).isdisjoint(lab.packaged_text.shingles(turned))
 
 
 @pytest.mark.parametrize(("shared", "found"), [(7, 0), (8, 1), (10, 3)])
 def test_two_texts_share_a_shingle_from_8_words_in_common_on(shared, found):
     a = words(0, 30) + " " + words(500, shared)
     b = words(500, shared) + " " + words(1000, 30)
-    assert len(experiment.shingles(a) & experiment.shingles(b)) == found
+    assert len(lab.packaged_text.shingles(a) & lab.packaged_text.shingles(b)) == found
 
 
 @pytest.mark.parametrize("order", ["short first", "long first"])
@@ -82,7 +92,7 @@ def test_overlap_counts_against_the_shorter_text_whichever_comes_first(order, sh
     """A text of 20 words has 13 runs of 8: 12 words in a row are 5 of them, 11 words are 4."""
     short = words(0, 20)
     long = f"{words(5000, 60)} {words(0, shared)} {words(6000, 60)}"
-    distinct = experiment.DistinctTexts()
+    distinct = lab.packaged_text.DistinctTexts()
     first, second = (short, long) if order == "short first" else (long, short)
     assert distinct.take(words(9000, 30)), "others do not matter"
     assert distinct.take(first)
@@ -92,14 +102,14 @@ def test_overlap_counts_against_the_shorter_text_whichever_comes_first(order, sh
 
 def test_overlap_is_counted_with_one_text_at_a_time():
     """5 of 13 runs are too many of one text, and not of two."""
-    distinct = experiment.DistinctTexts()
+    distinct = lab.packaged_text.DistinctTexts()
     for start in (0, 10):
         assert distinct.take(f"{words(start, 10)} {words(1000 * (1 + start), 20)}")
     assert distinct.take(words(0, 20))  # 3 runs of the one, 3 of the other
 
 
 def test_a_text_that_was_not_taken_does_not_stand_in_the_way_of_others():
-    distinct = experiment.DistinctTexts()
+    distinct = lab.packaged_text.DistinctTexts()
     assert distinct.take(words(0, 20))
     assert not distinct.take(f"{words(0, 20)} {words(700, 20)}")
     assert distinct.take(words(700, 20))
@@ -113,7 +123,7 @@ def made_up_files(monkeypatch):
         2: [(words(100 * i, 20), 1) for i in range(50, 58)],
         3: [(words(100 * i, 20), 1) for i in range(80, 84)],
     }
-    monkeypatch.setitem(experiment.TASKS, "fruit", {"apple": (1, 1), "pear": (2, 1)})
+    monkeypatch.setitem(lab.packaged_text.TASKS, "fruit", {"apple": (1, 1), "pear": (2, 1)})
     monkeypatch.setattr(experiment, "PROSE", (3,))
     monkeypatch.setattr(experiment, "sae_probes_rows", lambda number: files[number])
     return files
@@ -126,7 +136,7 @@ def texts_of(split: dict[str, list[str]]) -> list[str]:
 def test_a_probing_task_has_the_sizes_asked_for_and_shares_no_text_between_its_splits(
     made_up_files,
 ):
-    train, test = experiment.probing_task("fruit", 5, 3)
+    train, test = lab.packaged_text.probing_task("fruit", 5, 3)
     assert {label: len(texts) for label, texts in train.items()} == {"apple": 5, "pear": 5}
     assert {label: len(texts) for label, texts in test.items()} == {"apple": 3, "pear": 3}
     assert len({*texts_of(train), *texts_of(test)}) == 16
@@ -135,10 +145,10 @@ def test_a_probing_task_has_the_sizes_asked_for_and_shares_no_text_between_its_s
 
 
 def test_a_probing_task_does_not_depend_on_the_order_of_its_files(made_up_files):
-    before = experiment.probing_task("fruit", 4, 2)
+    before = lab.packaged_text.probing_task("fruit", 4, 2)
     made_up_files[1].reverse()
     made_up_files[2].reverse()
-    assert experiment.probing_task("fruit", 4, 2) == before
+    assert lab.packaged_text.probing_task("fruit", 4, 2) == before
 
 
 @pytest.mark.parametrize(
@@ -148,11 +158,11 @@ def test_a_text_that_stands_twice_is_left_out_of_a_probing_task(made_up_files, s
     text = made_up_files[1][0][0]
     other = "intro " + text + " and more" if spoilt == "nearly doubled" else text
     made_up_files[2 if spoilt == "claimed by both classes" else 1].append((other, 1))
-    train, test = experiment.probing_task("fruit", left - 2, 2)
+    train, test = lab.packaged_text.probing_task("fruit", left - 2, 2)
     copies = sum(text in t for t in texts_of(train) + texts_of(test))
     assert copies == (0 if spoilt == "claimed by both classes" else 1)
-    with pytest.raises(experiment.ExperimentError, match=f"has {left} texts of class 'apple'"):
-        experiment.probing_task("fruit", left - 1, 2)
+    with pytest.raises(lab.process.ExperimentError, match=f"has {left} texts of class 'apple'"):
+        lab.packaged_text.probing_task("fruit", left - 1, 2)
 
 
 def test_of_a_short_text_and_longer_ones_that_hold_it_a_probing_task_takes_one(
@@ -166,24 +176,24 @@ def test_of_a_short_text_and_longer_ones_that_hold_it_a_probing_task_takes_one(
         if target == 1
     ]
     texts = texts_of(
-        {split: t["apple"] for split, t in enumerate(experiment.probing_task("fruit", 6, 2))}
+        {split: t["apple"] for split, t in enumerate(lab.packaged_text.probing_task("fruit", 6, 2))}
     )
     starts = Counter(
         next(start for start in range(0, 800, 100) if words(start, 20) in text) for text in texts
     )
     assert len(starts) == 8 and set(starts.values()) == {1}
     assert {len(text.split()) for text in texts} == {20, 90}, "both orders were there"
-    with pytest.raises(experiment.ExperimentError, match="has 8 texts of class 'apple'"):
-        experiment.probing_task("fruit", 7, 2)
+    with pytest.raises(lab.process.ExperimentError, match="has 8 texts of class 'apple'"):
+        lab.packaged_text.probing_task("fruit", 7, 2)
 
 
 def test_a_probing_task_with_too_few_texts_is_refused_with_what_to_lower(made_up_files):
-    with pytest.raises(experiment.ExperimentError, match=r"'fruit' has 8 .*lower probe_train_set"):
-        experiment.probing_task("fruit", 6, 3)
+    with pytest.raises(lab.process.ExperimentError, match=r"'fruit' has 8 .*lower probe_train_set"):
+        lab.packaged_text.probing_task("fruit", 6, 3)
 
 
 def test_training_text_shares_no_run_of_8_words_with_a_probing_text(made_up_files):
-    scale = experiment.Scale(
+    scale = lab.scales.Scale(
         "tiny", "none", "sae-probes", (0,), 2048, tasks=("fruit",),
         probe_train_set_size=12, probe_test_set_size=4,
     )  # fmt: skip
@@ -195,10 +205,10 @@ def test_training_text_shares_no_run_of_8_words_with_a_probing_text(made_up_file
         made_up_files[3][0],
     ]
     clean.add(made_up_files[3][-2][0])
-    found = experiment.training_documents(scale)
+    found = lab.packaged_text.training_documents(scale)
     assert set(found) == clean
     assert len(found) == len(clean), "no document twice"
-    assert found == experiment.training_documents(scale), "in a fixed order"
+    assert found == lab.packaged_text.training_documents(scale), "in a fixed order"
 
 
 def test_the_documents_are_made_once_for_all_runs_of_the_same_tasks(tmp_path, monkeypatch):
@@ -210,15 +220,15 @@ def test_the_documents_are_made_once_for_all_runs_of_the_same_tasks(tmp_path, mo
         return ["zwei", "eins", "dr\u00f6i"]
 
     monkeypatch.setattr(experiment, "training_documents", training_documents)
-    scale = experiment.Scale("tiny", "none", "sae-probes", (0,), 2048, tasks=("news",))
+    scale = lab.scales.Scale("tiny", "none", "sae-probes", (0,), 2048, tasks=("news",))
     for again in (scale, replace(scale, learning_rate=0.1)):
-        assert experiment.packaged_documents(again) == ["zwei", "eins", "dr\u00f6i"]
+        assert lab.packaged_text.packaged_documents(again) == ["zwei", "eins", "dr\u00f6i"]
     assert made == [("news",)]
     for other in ({"tasks": ("code",)}, {"probe_test_set_size": 2}, {"probe_train_set_size": 2}):
-        experiment.packaged_documents(replace(scale, **other))
+        lab.packaged_text.packaged_documents(replace(scale, **other))
     assert len(made) == 4, "probing texts are left out of them"
     monkeypatch.setattr(experiment, "TASK_CHARACTERS", 77)
-    experiment.packaged_documents(scale)
+    lab.packaged_text.packaged_documents(scale)
     assert len(made) == 5, "and other cuts of them are other texts"
 
 
@@ -255,7 +265,7 @@ class ReadingModel:
 
 LM, N_DOCUMENTS = ReadingModel(), 400
 # A block is 2 contexts of 5 tokens from each of 4 lanes; a batch is 2 rows of each.
-SCALE = experiment.Scale(
+SCALE = lab.scales.Scale(
     "tiny", "none", "sae-probes", (0, 2), 64, batch_tokens=8, context_length=6,
     heldout_contexts=7, lm_batch=3, block_contexts=8, lanes=4,
 )  # fmt: skip
@@ -283,7 +293,7 @@ def fresh(lanes: tuple[int, ...], first: int = 3) -> dict[int, Lane]:
 
 def blocks_from(start: dict[int, Lane], n: int | None = None) -> list[tuple[dict, list]]:
     """(the lanes before it, contexts) of every block, or of the first n."""
-    found = experiment.text_blocks(SCALE, LM, start)
+    found = lab.text.text_blocks(SCALE, LM, start)
     return [(before, contexts.tolist()) for before, contexts in itertools.islice(found, n)]
 
 
@@ -327,7 +337,7 @@ def test_reading_goes_on_with_the_first_document_that_a_lane_still_needs(documen
     monkeypatch.setattr(experiment, "streamed_documents", streamed)
     hub = replace(SCALE, text="some/text@main")
     start = {0: Lane(40, [1, 2]), 1: Lane(33, []), 2: Lane(90, [3] * 500), 3: Lane(37, [])}
-    _, contexts = next(experiment.text_blocks(hub, LM, start))
+    _, contexts = next(lab.text.text_blocks(hub, LM, start))
     assert opened == [("some/text@main", 33)]
     expected = [[1, 2, *lane_text(0, 40)], lane_text(1, 33), [3] * 10, lane_text(3, 37)]
     found = [context[1:] for context in contexts.tolist()]
@@ -337,7 +347,7 @@ def test_reading_goes_on_with_the_first_document_that_a_lane_still_needs(documen
 def test_held_out_contexts_are_the_first_of_the_text_and_their_documents_are_never_trained_on(
     documents,
 ):
-    heldout, first = experiment.heldout_contexts(SCALE, LM)
+    heldout, first = lab.text.heldout_contexts(SCALE, LM)
     assert heldout.shape == (7, 6)
     text = [token for i in range(N_DOCUMENTS) for token in (*tokens_of(i), EOS)]
     assert heldout[:, 0].tolist() == [BOS] * 7
@@ -360,13 +370,13 @@ def test_held_out_contexts_are_the_first_of_the_text_and_their_documents_are_nev
 def test_a_text_shorter_than_what_is_held_out_is_an_error(documents):
     total = len([token for i in range(N_DOCUMENTS) for token in (*tokens_of(i), EOS)])
     all_of_it = replace(SCALE, heldout_contexts=total // 5)
-    assert len(experiment.heldout_contexts(all_of_it, LM)[0]) == total // 5
-    with pytest.raises(experiment.ExperimentError, match="nothing is left to train on"):
-        experiment.heldout_contexts(replace(SCALE, heldout_contexts=total // 5 + 1), LM)
+    assert len(lab.text.heldout_contexts(all_of_it, LM)[0]) == total // 5
+    with pytest.raises(lab.process.ExperimentError, match="nothing is left to train on"):
+        lab.text.heldout_contexts(replace(SCALE, heldout_contexts=total // 5 + 1), LM)
 
 
 def test_documents_are_tokenised_some_at_a_time_and_only_those_that_are_wanted(documents):
-    found = experiment.tokenized(SCALE, LM, 5, wanted=lambda i: i % 3 == 0, at_once=4)
+    found = lab.text.tokenized(SCALE, LM, 5, wanted=lambda i: i % 3 == 0, at_once=4)
     assert list(found) == [(i, tokens_of(i)) for i in range(6, N_DOCUMENTS, 3)]
 
 
@@ -392,7 +402,7 @@ def test_a_stream_that_breaks_off_goes_on_at_the_same_document(monkeypatch, caps
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Rows())
     monkeypatch.setattr(experiment.time, "sleep", waits.append)
-    found = list(experiment.streamed_documents("some/text@main", 2))
+    found = list(lab.text.streamed_documents("some/text@main", 2))
     assert found == [f"document {i}" for i in range(2, 8)]
     assert opened == [2, 3, 3, 5]
     assert waits == [1, 2, 1], "longer each time, until a document arrives"
@@ -402,9 +412,9 @@ def test_a_stream_that_breaks_off_goes_on_at_the_same_document(monkeypatch, caps
     failing = itertools.repeat(2)
     waits.clear()
     with pytest.raises(
-        experiment.ExperimentError, match=r"some/text .* document 2, 6 times in a row"
+        lab.process.ExperimentError, match=r"some/text .* document 2, 6 times in a row"
     ):
-        list(experiment.streamed_documents("some/text@main", 2))
+        list(lab.text.streamed_documents("some/text@main", 2))
     assert waits == [1, 2, 4, 8, 16]
 
 
@@ -427,20 +437,20 @@ def started(action) -> threading.Thread:
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_a_thread_that_works_ahead_gives_the_same_items_in_the_same_order(depth):
     items = [*range(50), None, 0]
-    found = experiment.ahead(iter(items), depth)
+    found = lab.text.ahead(iter(items), depth)
     assert list(found) == items
-    assert list(experiment.ahead([], depth)) == []
+    assert list(lab.text.ahead([], depth)) == []
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("half way"), SystemExit(3), experiment.ExperimentError("no")]
+    "error", [ValueError("half way"), SystemExit(3), lab.process.ExperimentError("no")]
 )
 def test_what_the_thread_raises_is_raised_where_it_is_read_after_what_came_before(error):
     def items():
         yield from (1, 2)
         raise error
 
-    found = experiment.ahead(items())
+    found = lab.text.ahead(items())
     assert [next(found), next(found)] == [1, 2]
     with pytest.raises(type(error)) as raised:
         next(found)
@@ -449,7 +459,7 @@ def test_what_the_thread_raises_is_raised_where_it_is_read_after_what_came_befor
 
 @pytest.mark.parametrize("how", ["closed", "forgotten"])
 def test_the_thread_ends_when_nobody_reads_on(how):
-    found = experiment.ahead(itertools.count())
+    found = lab.text.ahead(itertools.count())
     thread = started(lambda: next(found))
     if how == "closed":
         found.close()
@@ -466,7 +476,7 @@ def test_the_thread_works_ahead_but_no_further_than_it_may():
             made.append(i)
             yield i
 
-    found = experiment.ahead(items(), depth=2)
+    found = lab.text.ahead(items(), depth=2)
     time.sleep(0.05)
     assert made == [], "nothing is made before the first is asked for"
     thread = started(lambda: next(found))
@@ -493,7 +503,7 @@ def residuals(n: int = 400, outliers: int = 0, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("outliers", [0, 8])
 def test_the_unit_of_training_is_the_root_mean_square_distance_of_kept_tokens(outliers):
     x = residuals(outliers=outliers)
-    units = experiment.calibrate(x)
+    units = lab.activations.calibrate(x)
     kept = x[: len(x) - outliers] * units.scale
     distances = (kept - units.b_dec).norm(dim=-1)
     assert distances.square().mean().item() == pytest.approx(1.0, abs=1e-5)
@@ -504,43 +514,43 @@ def test_the_unit_of_training_is_the_root_mean_square_distance_of_kept_tokens(ou
 
 def test_outliers_are_found_by_their_norm_and_counted():
     x = residuals(outliers=8)
-    units = experiment.calibrate(x)
+    units = lab.activations.calibrate(x)
     norms = x.norm(dim=-1)
     assert units.outlier_norm == pytest.approx(3 * norms.sort().values[199].item())
     assert ((norms > units.outlier_norm).nonzero().flatten() >= 392).all()
     assert units.outlier_fraction == pytest.approx(8 / 400)
-    assert experiment.calibrate(residuals()).outlier_fraction == 0
+    assert lab.activations.calibrate(residuals()).outlier_fraction == 0
 
 
 def test_outliers_left_in_would_change_the_unit():
     x = residuals(outliers=8)
-    with_them = experiment.calibrate(x, times_median=1000.0)
+    with_them = lab.activations.calibrate(x, times_median=1000.0)
     assert with_them.outlier_fraction == 0
-    assert with_them.scale < 0.5 * experiment.calibrate(x).scale
+    assert with_them.scale < 0.5 * lab.activations.calibrate(x).scale
 
 
 def test_calibration_of_bfloat16_residuals_is_computed_in_float32():
     x = residuals(outliers=8)
-    exact, found = experiment.calibrate(x), experiment.calibrate(x.bfloat16())
+    exact, found = lab.activations.calibrate(x), lab.activations.calibrate(x.bfloat16())
     assert found.b_dec.dtype == torch.float32
     assert found.scale == pytest.approx(exact.scale, rel=1e-3)
 
 
 @pytest.mark.parametrize("same", [0.0, 2.5])
 def test_residuals_that_do_not_vary_have_no_unit(same):
-    with pytest.raises(experiment.ExperimentError, match="are the same at every token"):
-        experiment.calibrate(torch.full((50, 6), same))
+    with pytest.raises(lab.process.ExperimentError, match="are the same at every token"):
+        lab.activations.calibrate(torch.full((50, 6), same))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_residuals_that_are_not_finite_are_an_error_and_no_outliers(value):
     x = residuals()
     x[7, 3] = value
-    with pytest.raises(experiment.ExperimentError, match="are not finite"):
-        experiment.calibrate(x)
-    units = experiment.calibrate(residuals())
-    with pytest.raises(experiment.ExperimentError, match="are not finite"):
-        experiment.without_outliers(block(x[:, None], len(x)), [units])
+    with pytest.raises(lab.process.ExperimentError, match="are not finite"):
+        lab.activations.calibrate(x)
+    units = lab.activations.calibrate(residuals())
+    with pytest.raises(lab.process.ExperimentError, match="are not finite"):
+        lab.activations.without_outliers(block(x[:, None], len(x)), [units])
 
 
 def block(rows: torch.Tensor, *lengths: int, lanes: tuple[int, ...] | None = None) -> Block:
@@ -549,7 +559,7 @@ def block(rows: torch.Tensor, *lengths: int, lanes: tuple[int, ...] | None = Non
 
 
 def test_a_token_that_is_an_outlier_at_any_layer_is_left_out_at_all():
-    unit = experiment.Calibration(1.0, torch.zeros(2), 1.0, 10.0, 0.0)
+    unit = lab.activations.Calibration(1.0, torch.zeros(2), 1.0, 10.0, 0.0)
     rows = torch.tensor(
         [
             [[1.0, 0.0], [1.0, 0.0]],
@@ -561,7 +571,7 @@ def test_a_token_that_is_an_outlier_at_any_layer_is_left_out_at_all():
     calibrations = [unit, unit._replace(outlier_norm=4.0)]
     for lengths, left in (((4,), [2]), ((2, 2), [1, 1]), ((1, 0, 3), [1, 0, 1]), ((3, 1), [1, 1])):
         whole = block(rows.bfloat16(), *lengths)
-        kept = experiment.without_outliers(whole, calibrations)
+        kept = lab.activations.without_outliers(whole, calibrations)
         assert torch.equal(kept.rows, rows[[0, 3]].bfloat16())
         assert kept.lengths == left, "every lane is shorter by its own outliers"
         assert kept.before == whole.before
@@ -572,9 +582,9 @@ def test_a_token_that_is_an_outlier_at_any_layer_is_left_out_at_all():
 
 def test_a_block_of_residuals_has_every_token_but_special_ones_lane_after_lane(documents):
     start = fresh((0, 1, 2, 3))
-    text = list(itertools.islice(experiment.text_blocks(SCALE, LM, start), 3))
+    text = list(itertools.islice(lab.text.text_blocks(SCALE, LM, start), 3))
     for (before, contexts), found in zip(
-        text, experiment.residual_blocks(SCALE, LM, text), strict=True
+        text, lab.activations.residual_blocks(SCALE, LM, text), strict=True
     ):
         tokens = [[t for t in c if t >= 0] for c in contexts.tolist()]
         flat = torch.tensor([t for c in tokens for t in c]).float()
@@ -592,8 +602,8 @@ def test_kept_activations_are_read_back_in_place_of_the_language_model(
     lm, keeps = ReadingModel(), replace(SCALE, keep_activations=True)
 
     def rows(scale) -> list[torch.Tensor]:
-        text = itertools.islice(experiment.text_blocks(scale, lm, fresh((0, 1, 2, 3))), 2)
-        return [found.rows for found in experiment.residual_blocks(scale, lm, text)]
+        text = itertools.islice(lab.text.text_blocks(scale, lm, fresh((0, 1, 2, 3))), 2)
+        return [found.rows for found in lab.activations.residual_blocks(scale, lm, text)]
 
     first, passes = rows(keeps), lm.passes
     assert passes == 2 * 3  # 8 contexts are three batches of 3
@@ -625,7 +635,7 @@ def numbered(*lengths: tuple[int, ...], lanes: tuple[int, ...] | None = None) ->
 
 def drawn(blocks, start: Position = START, ranks=ALONE) -> list[list[int]]:
     """Batches of 8 rows, two from each of four lanes."""
-    found = experiment.shuffled_batches(SCALE, blocks, ranks, start)
+    found = lab.activations.shuffled_batches(SCALE, blocks, ranks, start)
     return [rows.flatten().tolist() for _, rows in found]
 
 
@@ -653,7 +663,7 @@ def test_every_lane_gives_a_batch_its_share_and_blocks_come_in_order():
 def test_rows_are_shuffled_and_keep_what_belongs_to_them():
     (whole,) = numbered((80,) * 4)
     rows = torch.cat([whole.rows, 3 * whole.rows], dim=1)
-    batches = experiment.shuffled_batches(SCALE, [block(rows, *(80,) * 4)], ALONE, START)
+    batches = lab.activations.shuffled_batches(SCALE, [block(rows, *(80,) * 4)], ALONE, START)
     found = torch.cat([batch for _, batch in batches])
     assert sorted(found[:, 0].tolist()) == list(range(320))
     of_lane_0 = [row for row in found[:, 0].tolist() if row < 80]
@@ -679,7 +689,7 @@ def test_the_order_neither_uses_nor_disturbs_the_global_generator():
     undisturbed, expected = torch.rand(3).tolist(), drawn(numbered((40,) * 4))
     torch.manual_seed(0)
     found, between = [], []
-    for _, batch in experiment.shuffled_batches(SCALE, numbered((40,) * 4), ALONE, START):
+    for _, batch in lab.activations.shuffled_batches(SCALE, numbered((40,) * 4), ALONE, START):
         found.append(batch.flatten().tolist())
         if len(between) < 3:
             between.append(torch.rand(1).item())
@@ -695,7 +705,7 @@ def test_a_block_is_read_only_when_its_first_batch_is_asked_for():
             read.append(index)
             yield found
 
-    batches = experiment.shuffled_batches(SCALE, blocks(), ALONE, START)
+    batches = lab.activations.shuffled_batches(SCALE, blocks(), ALONE, START)
     assert read == []
     for expected in ([0], [0], [0, 1], [0, 1], [0, 1, 2]):
         next(batches)
@@ -704,7 +714,7 @@ def test_a_block_is_read_only_when_its_first_batch_is_asked_for():
 
 def test_going_on_from_any_position_gives_the_batches_of_an_uninterrupted_pass():
     blocks = numbered(*BLOCKS)
-    whole = list(experiment.shuffled_batches(SCALE, blocks, ALONE, START))
+    whole = list(lab.activations.shuffled_batches(SCALE, blocks, ALONE, START))
     assert [position[:2] for position, _ in whole] == [
         *((0, n) for n in (1, 2, 3, 4)),
         *((1, n) for n in (1, 2)),
@@ -712,22 +722,22 @@ def test_going_on_from_any_position_gives_the_batches_of_an_uninterrupted_pass()
     ]
     for n, (position, _) in enumerate(whole):
         assert position.lanes is blocks[position.block].before
-        rest = experiment.shuffled_batches(SCALE, blocks[position.block :], ALONE, position)
+        rest = lab.activations.shuffled_batches(SCALE, blocks[position.block :], ALONE, position)
         found = [(p[:2], rows.tolist()) for p, rows in rest]
         assert found == [(p[:2], rows.tolist()) for p, rows in whole[n + 1 :]]
 
 
 # ── The whole chain ─────────────────────────────────────────────────────────────────────────────
 
-LIMITS = [experiment.Calibration(1.0, torch.zeros(2), 1.0, 400_000.0, 0.0)] * 2
+LIMITS = [lab.activations.Calibration(1.0, torch.zeros(2), 1.0, 400_000.0, 0.0)] * 2
 
 
 def chain(ranks, position: Position) -> Iterator[tuple[Position, torch.Tensor]]:
     """Documents to batches, as a training reads them, on a limit that some tokens are above."""
-    text = experiment.text_blocks(SCALE, LM, position.lanes)
-    blocks = experiment.residual_blocks(SCALE, LM, text)
-    kept = (experiment.without_outliers(found, LIMITS) for found in blocks)
-    return experiment.shuffled_batches(SCALE, kept, ranks, position)
+    text = lab.text.text_blocks(SCALE, LM, position.lanes)
+    blocks = lab.activations.residual_blocks(SCALE, LM, text)
+    kept = (lab.activations.without_outliers(found, LIMITS) for found in blocks)
+    return lab.activations.shuffled_batches(SCALE, kept, ranks, position)
 
 
 class Recorder:

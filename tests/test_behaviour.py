@@ -19,6 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import experiment
+import lab.language_model
+import lab.packaged_text
+import lab.probing
+import lab.process
+import lab.results
+import lab.scales
+import lab.storage
 
 ENTRY = "tiny layer 1"
 
@@ -89,7 +96,7 @@ def test_only_the_last_part_of_out_dir_names_the_run(out_dir):
             "run_3",
             experiment.RUNS["run_3"],
         )
-    with pytest.raises(experiment.ExperimentError, match="the runs:"):
+    with pytest.raises(lab.process.ExperimentError, match="the runs:"):
         experiment.chosen_run([f"--out_dir={out_dir}"])
 
 
@@ -102,7 +109,7 @@ def test_there_is_no_other_argument(run, tmp_path):
 
 def test_an_unknown_scale_is_an_error_naming_the_scales(run, tmp_path):
     process = run("--out_dir=run_1", EXPERIMENT_SCALE="huge")
-    assert_refused(process, "EXPERIMENT_SCALE='huge' is not one of", *experiment.SCALES)
+    assert_refused(process, "EXPERIMENT_SCALE='huge' is not one of", *lab.scales.SCALES)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -149,7 +156,7 @@ def test_a_full_disk_is_one_clear_sentence_wherever_it_fills_up(
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
-        (experiment.ExperimentError("mend this"), 1, "error: mend this"),
+        (lab.process.ExperimentError("mend this"), 1, "error: mend this"),
         (
             OSError(28, "No space left on device", "run_7/x"),
             1,
@@ -168,8 +175,8 @@ def test_a_full_disk_is_one_clear_sentence_wherever_it_fills_up(
             "error: memory is full: free some",
         ),
         (MemoryError(), 1, "error: memory is full: free some"),
-        (experiment.Interrupted(signal.SIGTERM), 75, "error: stopped by SIGTERM: run the same"),
-        (experiment.Interrupted(signal.SIGINT), 130, "error: stopped by SIGINT: run the same"),
+        (lab.process.Interrupted(signal.SIGTERM), 75, "error: stopped by SIGTERM: run the same"),
+        (lab.process.Interrupted(signal.SIGINT), 130, "error: stopped by SIGINT: run the same"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
@@ -186,7 +193,7 @@ def test_whatever_ends_a_run_is_one_line_on_stderr_and_a_status_of_its_own(
     err = capfd.readouterr().err
     assert len(err.splitlines()) == 1
     assert said in err
-    if status != 1 or not isinstance(error, experiment.ExperimentError):
+    if status != 1 or not isinstance(error, lab.process.ExperimentError):
         assert "run the same command again" in err
 
 
@@ -204,7 +211,7 @@ def script_with(tmp_path: Path, old: str, new: str) -> Path:
 
 
 def test_a_token_budget_below_one_batch_is_an_error_before_any_work(tmp_path):
-    own = f"training_tokens={experiment.SCALES['laptop'].training_tokens:_},"
+    own = f"training_tokens={lab.scales.SCALES['laptop'].training_tokens:_},"
     script = script_with(tmp_path, own, "training_tokens=2047,")
     process = subprocess.run(
         [sys.executable, str(script), "--out_dir=run_1"],
@@ -226,7 +233,7 @@ def test_a_text_that_ends_before_training_does_is_an_error_and_no_result(run, fi
     # The first is held out, two are each lane's: not quite two blocks of 8 batches.
     few = "['The film was good and the news was not. ' * 60] * 9"
     # PROSE is in the key of the cached documents.
-    patch = f"experiment.PROSE = (0,); experiment.training_documents = lambda scale: {few}"
+    patch = f"lab.packaged_text.PROSE = (0,); lab.packaged_text.training_documents = lambda scale: {few}"
     process = run("--out_dir=run_7", patch=patch)
     assert_refused(process, "the text of scale 'tiny'", "lower training_tokens or add text")
     assert re.search(r"ended after 1[45] of 20 steps", process.stderr)
@@ -280,7 +287,7 @@ def test_the_config_records_every_value_that_ran(finished, scale):
     assert None not in config["versions"].values()
     for name, digest in config["weights_sha256"].items():
         path = finished.folder / "sae" / name / "sae_weights.safetensors"
-        assert experiment.file_sha256(path) == digest
+        assert lab.storage.file_sha256(path) == digest
     assert config["seconds"]["total"] > 0
 
 
@@ -367,7 +374,7 @@ def test_final_info_carries_sae_benchs_results_as_its_files_hold_them(finished):
     for kind in ("sparse_probing", "absorption"):
         files = sorted((finished.folder / "eval" / kind).glob("*[0-9a-f]_custom_sae*.json"))
         files = [f for f in files if "readout" not in f.name]
-        on_disk = [experiment.without_times(json.loads(f.read_text())) for f in files]
+        on_disk = [lab.results.without_times(json.loads(f.read_text())) for f in files]
         assert [r["eval_result_metrics"] for r in on_disk] == [
             r["eval_result_metrics"] for r in held[kind]
         ]
@@ -422,7 +429,7 @@ def test_results_of_another_program_are_refused_and_stay(run, tmp_path):
         (tmp_path / "run_1" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run_1" / name).write_text("theirs")
     before = tiny.tree(tmp_path)
-    patch = "experiment.load_language_model = lambda scale: sys.exit('work has begun')"
+    patch = "lab.language_model.load_language_model = lambda scale: sys.exit('work has begun')"
     assert_refused(run("--out_dir=run_1", patch=patch), "run_1", "config.json")
     assert tiny.tree(tmp_path) == before
 
@@ -465,7 +472,7 @@ def interrupted(scale, cache, finished, tmp_path_factory) -> SimpleNamespace:
         where="Trainer.step", when="arguments[0].steps_done == 7", name="SIGTERM"
     )
     in_absorption = SIGNAL_AT.format(where="evaluate_absorption", when="True", name="SIGINT")
-    never_again = "experiment.evaluate_probing = lambda *_: sys.exit('it was finished')"
+    never_again = "lab.probing.evaluate_probing = lambda *_: sys.exit('it was finished')"
     processes = [start(in_step)]
     left = tiny.tree(folder / "run_1")
     processes += [start(in_absorption)]

@@ -9,6 +9,10 @@ import pytest
 import torch
 
 import experiment
+import lab.activations
+import lab.online_absorption
+import lab.process
+import lab.scales
 
 
 def randn(*shape: int, seed: int) -> torch.Tensor:
@@ -157,7 +161,7 @@ def simulated_l0(power: float, lag: float, ratio: float = 1.0, steps: int = 800)
 
     The target tightens from 1152 to 36 in the first 30% of the steps, as it does in training.
     """
-    scale = experiment.Scale(
+    scale = lab.scales.Scale(
         "plant", "none", "sae-probes", (0,), steps, 1, target_l0=36.0, initial_l0=1152.0,
         tightening_fraction=0.3, lanes=1,
     )  # fmt: skip
@@ -219,9 +223,9 @@ def trainer_of(run: experiment.Run, **changes) -> experiment.Trainer:
         "target_l0": 4.0, "initial_l0": 16.0, "learning_rate": 0.05, "warmup_steps": 0,
         "ema_horizon_fraction": 0.5, "training_dtype": "float32", "online_every": 3,
     }  # fmt: skip
-    scale = experiment.Scale("tiny", "none", "sae-probes", (1,), **values | changes)
-    units = experiment.calibrate(batch(0))
-    return experiment.Trainer(scale, run, 1, units, experiment.Ranks())
+    scale = lab.scales.Scale("tiny", "none", "sae-probes", (1,), **values | changes)
+    units = lab.activations.calibrate(batch(0))
+    return experiment.Trainer(scale, run, 1, units, lab.process.Ranks())
 
 
 def batch(seed: int) -> torch.Tensor:
@@ -419,7 +423,7 @@ def absorption(
 ) -> tuple[float, bool]:
     """(fraction, full) of one word."""
     is_main = torch.tensor([i in main for i in range(len(cosines))])
-    fraction, full = experiment.absorption_scores(
+    fraction, full = lab.online_absorption.absorption_scores(
         torch.tensor([acts]), torch.tensor([cosines]), is_main[None], torch.tensor([projection])
     )
     return fraction.item(), full.item()
@@ -532,7 +536,7 @@ def test_absorption_scores_equal_sae_benchs_own_calculator_on_every_branch():
         x[::3] -= 0.9 * x[::3] @ W_dec[main[0]][:, None] * W_dec[main[0]]
         cos = torch.nn.functional.cosine_similarity(probes[i], W_dec, dim=-1)
         is_main = torch.zeros(F, dtype=torch.bool).index_fill(0, torch.tensor(main), True)
-        ours = experiment.absorption_scores(
+        ours = lab.online_absorption.absorption_scores(
             sae.encode(x), cos.expand(N, F), is_main.expand(N, F), x @ probes[i]
         )
         parts.append((*ours, *sae_bench_absorption(x, 3 * probes[i], main, sae), x @ probes[i]))
@@ -586,7 +590,7 @@ class LiveSAE:
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 20.0])
 def test_online_absorption_is_the_mean_over_letters_in_residual_stream_units(scale):
-    online = experiment.OnlineAbsorption(probe([*FOUND, ABSORBED]), n_words=100)
+    online = lab.online_absorption.OnlineAbsorption(probe([*FOUND, ABSORBED]), n_words=100)
     found = online.measure(LiveSAE(), 0.5, scale, torch.float32)
     # Letter 0: latent 2 carries 1.8 of 1 in one of four words.  Letter 1: nothing is absorbed.
     assert found == [(pytest.approx(0.125), pytest.approx(0.125)), (0.0, 0.0)]
@@ -601,7 +605,9 @@ def test_online_absorption_is_the_mean_over_letters_in_residual_stream_units(sca
     ],
 )
 def test_online_absorption_leaves_out_words_that_the_probe_does_not_know(left_out):
-    online = experiment.OnlineAbsorption(probe([*FOUND, left_out, ABSORBED]), n_words=100)
+    online = lab.online_absorption.OnlineAbsorption(
+        probe([*FOUND, left_out, ABSORBED]), n_words=100
+    )
     assert len(online.y) == 6
     assert set(online.y.tolist()) == {0, 1}
     assert online.measure(LiveSAE(), 0.5, 1.0, torch.float32)[0][0] == pytest.approx(0.125)
@@ -609,7 +615,7 @@ def test_online_absorption_leaves_out_words_that_the_probe_does_not_know(left_ou
 
 def test_online_absorption_takes_no_more_words_than_asked_for_and_fills_up_with_usable_ones():
     words = [(2, [0.0, 0.0, 1.0, 0.0]), *FOUND, ABSORBED]
-    online = experiment.OnlineAbsorption(probe(words), n_words=5)
+    online = lab.online_absorption.OnlineAbsorption(probe(words), n_words=5)
     assert online.y.tolist() == [0, 0, 0, 1, 1]
     assert online.measure(LiveSAE(), 0.5, 1.0, torch.float32)[0] == (0.0, 0.0)
 
@@ -620,7 +626,7 @@ def test_online_absorption_takes_the_latent_with_the_best_f1_as_main_and_not_the
     Were latent 3 the main one, latent 0 would be taken for an absorber of every word of letter 0.
     """
     words = [(letter, [*x[:3], 9.0]) for letter, x in [*FOUND, (1, FOUND[-1][1]), ABSORBED]]
-    online = experiment.OnlineAbsorption(probe(words), n_words=100)
+    online = lab.online_absorption.OnlineAbsorption(probe(words), n_words=100)
     found = online.measure(LiveSAE(), 0.5, 1.0, torch.float32)
     assert found[0] == (pytest.approx(0.125), pytest.approx(0.125))
     assert found[1] == (0.0, 0.0)
@@ -629,7 +635,7 @@ def test_online_absorption_takes_the_latent_with_the_best_f1_as_main_and_not_the
 def test_online_absorption_changes_nothing_about_a_real_sae_and_keeps_seeds_apart():
     sae = experiment.BlendedSAE([1, 2], 4, 12, 0.7, torch.zeros(4))
     before = [p.detach().clone() for p in sae.parameters()]
-    online = experiment.OnlineAbsorption(probe([*FOUND, ABSORBED]), n_words=100)
+    online = lab.online_absorption.OnlineAbsorption(probe([*FOUND, ABSORBED]), n_words=100)
     both = online.measure(sae, torch.full((2, 1, 1), 0.5), 1.0, torch.float32)
     for seed in (1, 2):
         alone = experiment.BlendedSAE([seed], 4, 12, 0.7, torch.zeros(4))

@@ -18,8 +18,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import experiment
+import lab.absorption
+import lab.bench
+import lab.checkpoints
+import lab.evaluation
+import lab.fidelity
+import lab.language_model
+import lab.metrics
+import lab.packaged_text
+import lab.probing
+import lab.process
+import lab.results
+import lab.saved_sae
+import lab.scales
+import lab.text
 
-LAPTOP = experiment.SCALES["laptop"]
+LAPTOP = lab.scales.SCALES["laptop"]
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +47,14 @@ def trained(tiny_model, tmp_path_factory) -> SimpleNamespace:
         scale = tiny.tiny_scale(
             tiny_model, training_tokens=60 * 256, target_l0=32.0, ema_horizon_fraction=0.3
         )
-        lm = experiment.load_language_model(scale)
-        heldout, first_document = experiment.heldout_contexts(scale, lm)
+        lm = lab.language_model.load_language_model(scale)
+        heldout, first_document = lab.text.heldout_contexts(scale, lm)
         folder = tmp_path_factory.mktemp("run")
-        log = experiment.TrainingLog(folder / "training_log.jsonl", "run", {})
+        log = lab.checkpoints.TrainingLog(folder / "training_log.jsonl", "run", {})
         with tiny.signals() as signals:
-            training = experiment.Training(scale, run, lm, first_document, experiment.Ranks())
-            training.train(log, experiment.Checkpoints(folder / "checkpoint", {}), signals)
-        hashes = experiment.save_saes(scale, lm, training.trainers, folder / "sae")
+            training = experiment.Training(scale, run, lm, first_document, lab.process.Ranks())
+            training.train(log, lab.checkpoints.Checkpoints(folder / "checkpoint", {}), signals)
+        hashes = lab.saved_sae.save_saes(scale, lm, training.trainers, folder / "sae")
     saved = {f"{name}_{digest[:12]}": folder / "sae" / name for name, digest in hashes.items()}
     return SimpleNamespace(
         scale=scale,
@@ -56,11 +70,11 @@ def trained(tiny_model, tmp_path_factory) -> SimpleNamespace:
 def scores(trained, saved: dict[str, Path], folder: Path) -> list[tuple]:
     """SAE-Bench's two results for each saved SAE, less the time of day."""
     both = trained.scale, trained.lm
-    probing = experiment.evaluate_probing(*both, {1: saved}, folder / "sparse_probing")
-    absorption = experiment.evaluate_absorption(*both, 1, saved, folder / "absorption")
+    probing = lab.probing.evaluate_probing(*both, {1: saved}, folder / "sparse_probing")
+    absorption = lab.absorption.evaluate_absorption(*both, 1, saved, folder / "absorption")
     assert list(probing) == [(1, None)]
     pairs = zip(probing[1, None], absorption, strict=True)
-    return [tuple(map(experiment.without_times, pair)) for pair in pairs]
+    return [tuple(map(lab.results.without_times, pair)) for pair in pairs]
 
 
 def package_files() -> dict[str, tuple[int, int]]:
@@ -123,12 +137,12 @@ def test_everything_around_sae_bench_is_as_before_also_when_it_raises(
     trained, tmp_path, gradients, raises
 ):
     arguments = trained.scale, trained.lm, tmp_path / "eval" / "x"
-    texts = experiment.ProbingTexts(trained.scale, trained.lm, tmp_path, {})
+    texts = lab.probing.ProbingTexts(trained.scale, trained.lm, tmp_path, {})
     with torch.set_grad_enabled(gradients):
         before = surroundings()
         with (
             pytest.raises(ZeroDivisionError) if raises else contextlib.nullcontext(),
-            experiment.sae_bench(*arguments, texts=texts),
+            lab.bench.sae_bench(*arguments, texts=texts),
         ):
             inside = surroundings()
             random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
@@ -174,7 +188,7 @@ def test_evaluation_leaves_the_saved_saes_untouched(evaluated):
 
 def test_absorption_really_runs_on_at_least_20_letters(evaluated):
     for _, absorption in evaluated.scores:
-        metrics = experiment.absorption_metrics(absorption)
+        metrics = lab.metrics.absorption_metrics(absorption)
         assert metrics["absorption_letters"] >= 20
         assert None not in metrics.values()
         assert 0 < metrics["absorption_fraction"] < 1
@@ -211,7 +225,7 @@ def test_scores_do_not_depend_on_what_was_cached_or_evaluated_before(
 def test_a_saved_sae_gives_the_training_saes_latents_in_residual_units(trained, seed):
     import sae_lens
 
-    experiment.register_with_sae_lens()
+    lab.saved_sae.register_with_sae_lens()
     sae = sae_lens.SAE.load_from_disk(list(trained.saved.values())[seed])
     trainer, scale = trained.trainer, trained.trainer.units.scale
     x = trained.lm.residuals(trained.heldout)[1].float().flatten(0, 1)
@@ -239,8 +253,8 @@ def test_a_saved_sae_gives_the_training_saes_latents_in_residual_units(trained, 
 @torch.no_grad()
 def test_reading_out_with_another_alpha_changes_alpha_alone(trained):
     folder = next(iter(trained.saved.values()))
-    saved = experiment.load_sae(folder)
-    swapped = experiment.read_out(saved, 1.0)
+    saved = lab.saved_sae.load_sae(folder)
+    swapped = lab.saved_sae.read_out(saved, 1.0)
     assert (saved.cfg.alpha, swapped.cfg.alpha) == (pytest.approx(0.6), 1.0)
     assert swapped.W_enc is saved.W_enc
     x = trained.lm.residuals(trained.heldout[:1])[1].float()[0]
@@ -250,7 +264,7 @@ def test_reading_out_with_another_alpha_changes_alpha_alone(trained):
 
 
 def test_a_saved_sae_can_be_differentiated_by_its_input_as_attributions_need(trained):
-    sae = experiment.load_sae(next(iter(trained.saved.values()))).to(dtype=torch.float64)
+    sae = lab.saved_sae.load_sae(next(iter(trained.saved.values()))).to(dtype=torch.float64)
     x = trained.lm.residuals(trained.heldout[:1])[1][0, 1:4].double().requires_grad_()
     assert (sae.encode(x) > 0).any()
     assert torch.autograd.gradcheck(sae.encode, (x,))
@@ -265,10 +279,10 @@ def test_absorption_would_score_latents_in_training_units_differently(evaluated,
     for parameter in ("gate", "b_enc"):  # what every latent is proportional to
         weights[parameter] = weights[parameter] * scale
     save_file(weights, unfolded / "sae_weights.safetensors")
-    (found,) = experiment.evaluate_absorption(
+    (found,) = lab.absorption.evaluate_absorption(
         trained.scale, trained.lm, 1, {"unfolded": unfolded}, tmp_path / "eval"
     )
-    wrong, right = map(experiment.absorption_metrics, (found, evaluated.scores[0][1]))
+    wrong, right = map(lab.metrics.absorption_metrics, (found, evaluated.scores[0][1]))
     assert right["absorption_fraction"] - wrong["absorption_fraction"] > 0.05
 
 
@@ -276,11 +290,11 @@ def test_the_words_of_absorption_do_not_depend_on_the_tokenizers_order(trained, 
     from sae_bench.evals.absorption import vocab
 
     scale = tiny.tiny_scale(trained.scale.language_model, absorption_words=100)
-    words = experiment.first_letter_words(scale, trained.lm)
+    words = lab.bench.first_letter_words(scale, trained.lm)
     assert len(set(words)) == len(words) == 100
     real = vocab.get_alpha_tokens
     monkeypatch.setattr(vocab, "get_alpha_tokens", lambda tokenizer: real(tokenizer)[::-1])
-    assert experiment.first_letter_words(scale, trained.lm) == words
+    assert lab.bench.first_letter_words(scale, trained.lm) == words
 
 
 # ── Probing texts ───────────────────────────────────────────────────────────────────────────────
@@ -289,8 +303,8 @@ LABELS = ("a", "b")
 
 
 @pytest.fixture(scope="module")
-def two_layers(tiny_model) -> experiment.LanguageModel:
-    return experiment.LanguageModel.load(tiny_model, "tiny", (1, 3), torch.float32)
+def two_layers(tiny_model) -> lab.language_model.LanguageModel:
+    return lab.language_model.LanguageModel.load(tiny_model, "tiny", (1, 3), torch.float32)
 
 
 def padded_texts(lm) -> dict[str, dict[str, torch.Tensor]]:
@@ -327,10 +341,10 @@ def test_means_over_texts_are_sae_benchs_own(trained, two_layers, tmp_path, dtyp
         trained.scale, keep_activations=keep, evaluation_dtype=dtype, lm_batch=4
     )
     like, tolerance = getattr(torch, dtype), {"float32": 1e-5, "bfloat16": 1e-2}[dtype]
-    first, second = (experiment.load_sae(path).to(dtype=like) for path in trained.saved.values())
-    read_outs = [experiment.read_out(first, alpha) for alpha in (0.0, 0.3, 1.0)]
+    first, second = (lab.saved_sae.load_sae(path).to(dtype=like) for path in trained.saved.values())
+    read_outs = [lab.saved_sae.read_out(first, alpha) for alpha in (0.0, 0.3, 1.0)]
     saes, inputs = {1: [first, *read_outs, second], 3: [second]}, padded_texts(lm)
-    texts = experiment.ProbingTexts(scale, lm, tmp_path, saes)
+    texts = lab.probing.ProbingTexts(scale, lm, tmp_path, saes)
     for layer, of_layer in saes.items():
         hook = f"blocks.{layer}.hook_resid_post"
         handles = texts.collect(inputs, None, 4, layer, hook, True)
@@ -360,18 +374,18 @@ def test_one_pass_of_the_language_model_serves_all_layers_and_all_saes(
 ):
     lm, counted = two_layers, []
     scale = experiment.replace(trained.scale, keep_activations=keep, lm_batch=5)
-    first, second = map(experiment.load_sae, trained.saved.values())
+    first, second = map(lab.saved_sae.load_sae, trained.saved.values())
     saes, inputs = {1: [first, second], 3: [second]}, padded_texts(lm)
     hook = lm.model.base_model.register_forward_hook(lambda *_: counted.append(None))
     try:
-        texts = experiment.ProbingTexts(scale, lm, tmp_path, saes)
+        texts = lab.probing.ProbingTexts(scale, lm, tmp_path, saes)
         handles = {i: texts.collect(inputs, None, 4, i, "", True) for i in saes}
         found = [len(counted)]
         for layer, of_layer in saes.items():
             for sae in of_layer:
                 texts.mean_latents(handles[layer], sae, 5)
         found.append(len(counted))
-        again = experiment.ProbingTexts(scale, lm, tmp_path, {})
+        again = lab.probing.ProbingTexts(scale, lm, tmp_path, {})
         assert again.collect(inputs, None, 4, 1, "", True) == handles[1]
         assert [*found, len(counted)] == passes  # 7 and 9 texts are two passes each
     finally:
@@ -385,7 +399,7 @@ def test_word_scores_are_sae_benchs_own_cell_by_cell(trained):
     from sae_bench.evals.absorption.probing import LinearProbe
 
     g = torch.Generator().manual_seed(0)
-    sae, probe = experiment.load_sae(next(iter(trained.saved.values()))), LinearProbe(64, 26)
+    sae, probe = lab.saved_sae.load_sae(next(iter(trained.saved.values()))), LinearProbe(64, 26)
     x, labels = torch.randn(50, 64, generator=g), [(f"word{i}", i % 26) for i in range(50)]
     probes = {
         k: {
@@ -400,7 +414,7 @@ def test_word_scores_are_sae_benchs_own_cell_by_cell(trained):
     }
     arguments = sae, probe, probes, labels, x, 16
     expected = theirs.eval_probe_and_sae_k_sparse_raw_scores(*arguments)
-    found = experiment.k_sparse_scores(*arguments)
+    found = lab.bench.k_sparse_scores(*arguments)
     left_out = {name for name in expected if name.endswith("_acts")}
     assert set(found) == set(expected) - left_out
     for name in found:
@@ -411,7 +425,7 @@ def test_word_scores_are_sae_benchs_own_cell_by_cell(trained):
 
 
 def test_the_mean_by_text_is_that_of_the_rows_that_belong_to_it():
-    mean = experiment.MeanByText(3, 2, torch.device("cpu"))
+    mean = lab.probing.MeanByText(3, 2, torch.device("cpu"))
     mean.add(torch.tensor([0, 2, 2]), torch.tensor([[1.0, 2.0], [3.0, 0.0], [5.0, 0.0]]))
     mean.add(torch.tensor([2, 1]), torch.tensor([[1.0, 9.0], [7.0, 7.0]], dtype=torch.bfloat16))
     assert mean.result().tolist() == [[1.0, 2.0], [7.0, 7.0], [3.0, 3.0]]
@@ -420,11 +434,11 @@ def test_the_mean_by_text_is_that_of_the_rows_that_belong_to_it():
 def test_several_read_outs_are_scored_in_one_evaluation(evaluated, trained, tmp_path, monkeypatch):
     monkeypatch.setenv("COSINE_SAE_CACHE", str(evaluated.cache))
     folder = tmp_path / "sparse_probing"
-    found = experiment.evaluate_probing(
+    found = lab.probing.evaluate_probing(
         trained.scale, trained.lm, {1: trained.saved}, folder, (0.0, 1.0)
     )
     assert list(found) == [(1, None), (1, 0.0), (1, 1.0)]
-    own, cosine, linear = ([experiment.without_times(r) for r in rs] for rs in found.values())
+    own, cosine, linear = ([lab.results.without_times(r) for r in rs] for rs in found.values())
     assert own == [probing for probing, _ in evaluated.scores]
     for other in (cosine, linear):
         assert [r["eval_result_metrics"]["llm"] for r in other] == [
@@ -449,7 +463,7 @@ class Stub:
     def __call__(self, *arguments):
         self.calls += 1
         if self.stopped:
-            raise experiment.Interrupted(15)
+            raise lab.process.Interrupted(15)
         return self.answer(*arguments)
 
 
@@ -460,7 +474,7 @@ def parts(evaluated, monkeypatch) -> SimpleNamespace:
     found = SimpleNamespace(
         probing=Stub(lambda *_: {(1, None): list(probing), (1, 1.0): list(probing)[::-1]}),
         absorption=Stub(lambda *_: list(absorption)),
-        fidelity=Stub(experiment.HeldOut),
+        fidelity=Stub(lab.fidelity.HeldOut),
     )
     monkeypatch.setattr(experiment, "evaluate_probing", found.probing)
     monkeypatch.setattr(experiment, "evaluate_absorption", found.absorption)
@@ -470,9 +484,9 @@ def parts(evaluated, monkeypatch) -> SimpleNamespace:
 
 def evaluate(trained, folder: Path, saved: dict[str, Path]) -> dict:
     run = experiment.replace(trained.run, readout_alphas=(1.0,))
-    return experiment.evaluate(
+    return lab.evaluation.evaluate(
         trained.scale, run, trained.lm, [trained.trainer], {1: saved}, trained.heldout,
-        trained.records, folder / "checkpoint" / "evaluated", experiment.Clock(),
+        trained.records, folder / "checkpoint" / "evaluated", lab.process.Clock(),
     )  # fmt: skip
 
 
@@ -488,7 +502,7 @@ def test_an_evaluation_that_is_stopped_goes_on_after_the_parts_that_are_finished
     assert calls(parts) == [1, 1, 1]
     for stopped in (parts.fidelity, parts.probing, parts.absorption):
         stopped.stopped = True
-        with pytest.raises(experiment.Interrupted):
+        with pytest.raises(lab.process.Interrupted):
             evaluate(trained, tmp_path / "stopped", trained.saved)
         stopped.stopped = False
     assert calls(parts) == [3, 3, 2], "each that came to its end was done once more, and only once"
@@ -517,7 +531,7 @@ def test_a_model_that_knows_too_few_letters_gives_null_with_a_reason_and_the_run
     scale = tiny.tiny_scale(folder, tasks=("sentiment",))
     monkeypatch.setenv("COSINE_SAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("EXPERIMENT_SCALE", "tiny")
-    monkeypatch.setitem(experiment.SCALES, "tiny", scale)
+    monkeypatch.setitem(lab.scales.SCALES, "tiny", scale)
     with tiny.signals():
         status = experiment.main([f"--out_dir={tmp_path / 'run_7'}"])
     out, err = capfd.readouterr()
@@ -544,18 +558,18 @@ def word_runs(text: str, words: int = 8) -> set[str]:
 def probing_texts() -> dict[str, tuple[dict, dict]]:
     """(train, test) of every laptop task at the laptop's sizes."""
     sizes = LAPTOP.probe_train_set_size // 2, LAPTOP.probe_test_set_size // 2
-    return {name: experiment.probing_task(name, *sizes) for name in LAPTOP.tasks}
+    return {name: lab.packaged_text.probing_task(name, *sizes) for name in LAPTOP.tasks}
 
 
 @pytest.mark.parametrize("task", LAPTOP.tasks)
 def test_probing_tasks_have_the_sizes_sae_bench_asks_for_and_no_text_twice(probing_texts, task):
     train, test = probing_texts[task]
-    assert list(train) == list(test) == list(experiment.TASKS[task])
+    assert list(train) == list(test) == list(lab.packaged_text.TASKS[task])
     assert {len(texts) for texts in train.values()} == {LAPTOP.probe_train_set_size // 2}
     assert {len(texts) for texts in test.values()} == {LAPTOP.probe_test_set_size // 2}
     texts = [t for split in (train, test) for found in split.values() for t in found]
     assert max(Counter(" ".join(t.lower().split()) for t in texts).values()) == 1
-    assert all(t.strip() and len(t) <= experiment.TASK_CHARACTERS for t in texts)
+    assert all(t.strip() and len(t) <= lab.packaged_text.TASK_CHARACTERS for t in texts)
 
 
 @pytest.mark.parametrize("task", LAPTOP.tasks)
@@ -581,11 +595,11 @@ def test_no_two_texts_of_a_probing_task_are_mostly_the_same(probing_texts, task)
 def test_the_texts_of_a_class_come_from_its_file_and_from_no_other_class(probing_texts, task):
     sources = {
         label: {
-            (text[150:] if task == "code" else text)[: experiment.TASK_CHARACTERS].strip()
-            for text, value in experiment.sae_probes_rows(number)
+            (text[150:] if task == "code" else text)[: lab.packaged_text.TASK_CHARACTERS].strip()
+            for text, value in lab.packaged_text.sae_probes_rows(number)
             if value == target
         }
-        for label, (number, target) in experiment.TASKS[task].items()
+        for label, (number, target) in lab.packaged_text.TASKS[task].items()
     }
     for split in probing_texts[task]:
         for label, texts in split.items():
@@ -602,12 +616,16 @@ def test_the_text_to_train_on_shares_no_run_of_8_words_with_any_probing_text(pro
         for text in texts
         for run in word_runs(text)
     }
-    documents = experiment.training_documents(LAPTOP)
+    documents = lab.packaged_text.training_documents(LAPTOP)
     assert len(documents) > 50_000
     assert len(set(documents)) == len(documents)
     assert not any(held & word_runs(text) for text in documents)
     # The rule has work to do: some documents were left out for it.
-    everything = {t for number in experiment.PROSE for t, _ in experiment.sae_probes_rows(number)}
+    everything = {
+        t
+        for number in lab.packaged_text.PROSE
+        for t, _ in lab.packaged_text.sae_probes_rows(number)
+    }
     assert 0 < len(everything) - len(documents) < 0.2 * len(everything)
 
 
@@ -615,9 +633,9 @@ TEXTS_OF_ONE_PROCESS = f"""
 import dataclasses, hashlib, sys
 sys.path.insert(0, {str(tiny.ROOT)!r})
 import experiment
-experiment.PROSE = (57, 98)
-scale = dataclasses.replace(experiment.SCALES["laptop"], tasks=("sentiment",))
-texts = experiment.training_documents(scale), experiment.probing_task("sentiment", 20, 10)
+lab.packaged_text.PROSE = (57, 98)
+scale = dataclasses.replace(lab.scales.SCALES["laptop"], tasks=("sentiment",))
+texts = lab.packaged_text.training_documents(scale), lab.packaged_text.probing_task("sentiment", 20, 10)
 print(hashlib.sha256(repr(texts).encode()).hexdigest())
 """
 

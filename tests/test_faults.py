@@ -19,6 +19,13 @@ import tiny
 from test_behaviour import SIGNAL_AT, assert_refused, assert_stopped
 
 import experiment
+import lab.folders
+import lab.language_model
+import lab.packaged_text
+import lab.process
+import lab.results
+import lab.scales
+import lab.storage
 
 KILLS = 100  # of the long form
 
@@ -145,7 +152,7 @@ def test_a_finished_run_that_was_changed_is_refused_by_name_and_left_out_of_the_
 ):
     alone("run_1")
     shutil.copytree(alone_in / "run_1", tmp_path / "run_1")
-    monkeypatch.setitem(experiment.SCALES, scale.name, scale)
+    monkeypatch.setitem(lab.scales.SCALES, scale.name, scale)
     monkeypatch.setenv("EXPERIMENT_SCALE", scale.name)
     argument = f"--out_dir={tmp_path / 'run_1'}"
     files = [p for p in (tmp_path / "run_1").rglob("*") if p.is_file() and p.name != ".lock"]
@@ -187,8 +194,8 @@ def test_no_flipped_bit_in_a_configuration_is_taken_for_a_run_that_was_asked_for
     for at in range(len(good)):
         (folder / "config.json").write_bytes(flipped(good, at))
         try:
-            assert experiment.check_folder(folder, identity)
-        except experiment.ExperimentError:
+            assert lab.folders.check_folder(folder, identity)
+        except lab.process.ExperimentError:
             refused += 1
             continue
         found = json.loads((folder / "config.json").read_bytes())
@@ -215,7 +222,7 @@ def test_damage_to_what_sae_bench_wrote_for_a_stopped_run_is_not_taken_over(
     for path in written:
         there = alone_in / path.relative_to(tmp_path)
         mine, its = (json.loads(p.read_text(encoding="utf-8")) for p in (path, there))
-        assert experiment.without_times(mine) == experiment.without_times(its)
+        assert lab.results.without_times(mine) == lab.results.without_times(its)
 
 
 # ── Resources and concurrency ───────────────────────────────────────────────────────────────────
@@ -229,7 +236,7 @@ import shutil
 real = experiment.Trainer.step
 def step(self, x):
     if self.steps_done == 9:
-        shutil.rmtree(experiment.cache_root())
+        shutil.rmtree(lab.storage.cache_root())
     return real(self, x)
 experiment.Trainer.step = step
 """
@@ -433,7 +440,7 @@ def test_four_runs_at_once_on_a_cold_cache_give_the_results_they_give_alone(alon
     ids=["none", "one word", "one enormous document", "one word throughout", "no valid unicode"],
 )
 def test_odd_text_is_trained_on_or_refused_in_one_sentence(documents, said, scale, cache, tmp_path):
-    patch = f"experiment.packaged_documents = lambda _: {documents}"
+    patch = f"lab.packaged_text.packaged_documents = lambda _: {documents}"
     arguments = {"scale": scale, "cache": cache, "cwd": tmp_path, "patch": patch}
     process = tiny.run_script("--out_dir=run_7", **arguments)
     if said or process.returncode:
@@ -444,9 +451,9 @@ def test_odd_text_is_trained_on_or_refused_in_one_sentence(documents, said, scal
 
 
 SPOILED = """
-real = experiment.LanguageModel.residuals
+real = lab.language_model.LanguageModel.residuals
 for factor in ("nan", "inf", "0"):
-    experiment.LanguageModel.residuals = lambda self, tokens: {
+    lab.language_model.LanguageModel.residuals = lambda self, tokens: {
         layer: x * float(factor) for layer, x in real(self, tokens).items()
     }
     print("tried", factor, experiment.main(sys.argv[1:]), flush=True)
@@ -505,7 +512,7 @@ def step(self, x):
     if self.steps_done % {every} == 0:
         pages = int(open("/proc/self/statm").read().split()[1])
         files = len(os.listdir("/proc/self/fd"))
-        experiment.say(f"watched {{self.steps_done}} {{pages}} {{files}}")
+        lab.process.say(f"watched {{self.steps_done}} {{pages}} {{files}}")
     return real(self, x)
 experiment.Trainer.step = step
 """
@@ -515,8 +522,8 @@ def watched(steps: int, every: int, scale, cache, tmp_path) -> list[tuple[int, i
     """(step, pages resident, files open), now and then."""
     long = experiment.replace(scale, training_tokens=steps * 256, keep_activations=False)
     repeated = (
-        "documents = experiment.packaged_documents\n"
-        "experiment.packaged_documents = lambda scale: documents(scale) * 3\n"
+        "documents = lab.packaged_text.packaged_documents\n"
+        "lab.packaged_text.packaged_documents = lambda scale: documents(scale) * 3\n"
     )
     patch = repeated + WATCH.format(every=every)
     arguments = {"scale": long, "cache": cache, "cwd": tmp_path, "patch": patch}

@@ -21,12 +21,17 @@ import tiny
 from hub import MODEL, TEXT, TEXT_REVISION, LocalHub, make_hub
 
 import experiment
+import lab.evaluation
+import lab.language_model
+import lab.preflight
+import lab.scales
+import lab.text
 
 LAYERS = (0, 1, 2)
 OFFICIAL = json.loads((tiny.ROOT / "run_0" / "final_info.json").read_text(encoding="utf-8"))
 
 
-def small(**changes) -> experiment.Scale:
+def small(**changes) -> lab.scales.Scale:
     """The gemma-2-2b scale with its sizes cut down; names, tasks, text and layers' number stay."""
     sizes = tiny.SMALL | {
         "layers": LAYERS,
@@ -34,7 +39,7 @@ def small(**changes) -> experiment.Scale:
         "n_seeds": 1,
         "checkpoint_seconds": 0,
     }
-    return experiment.replace(experiment.SCALES["gemma-2-2b"], **sizes | changes)
+    return experiment.replace(lab.scales.SCALES["gemma-2-2b"], **sizes | changes)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +57,7 @@ def start(
     hub: LocalHub,
     cache: Path,
     cwd: Path,
-    scale: experiment.Scale,
+    scale: lab.scales.Scale,
     patch: str = "",
     launcher: tuple[str, ...] = (),
     **environment: str,
@@ -130,7 +135,7 @@ def test_probing_is_configured_as_in_the_given_baseline(undisturbed):
             assert ours.keys() == given["eval_config"].keys()
             for name in ours.keys() - cut_down:
                 assert ours[name] == given["eval_config"][name], name
-    scale = experiment.SCALES["gemma-2-2b"]
+    scale = lab.scales.SCALES["gemma-2-2b"]
     for name in ("probe_train_set_size", "probe_test_set_size", "context_length"):
         assert getattr(scale, name) == given["eval_config"][name]
     assert list(scale.k_values) == given["eval_config"]["k_values"]
@@ -221,7 +226,7 @@ import json, sys
 sys.path.insert(0, {root!r})
 import experiment
 experiment.time.sleep = lambda s: None
-found = list(experiment.streamed_documents(experiment.OPENWEBTEXT, {start}))
+found = list(lab.text.streamed_documents(lab.scales.OPENWEBTEXT, {start}))
 print(json.dumps(found))
 """
 
@@ -271,7 +276,7 @@ def test_a_network_that_stays_away_is_an_error_that_says_what_to_do(hub):
 def refused(hub: LocalHub, folder: Path, **environment: str) -> tuple[str, float]:
     """The message of a run that cannot start, and the seconds it took."""
     begun = time.monotonic()
-    scale = experiment.SCALES["gemma-2-2b"]
+    scale = lab.scales.SCALES["gemma-2-2b"]
     finish(start(hub, folder / "cache", folder, scale, **environment), folder, status=1)
     assert not (folder / "run_2" / "config.json").exists()
     return (folder / "stderr").read_text(), time.monotonic() - begun
@@ -304,10 +309,10 @@ def test_all_that_cannot_be_had_is_listed_in_one_message(hub, tmp_path):
 
 # Training alone, in float32: gradients are added up in another order, and rounding shows.
 TRAIN_ONLY = """
-load = experiment.load_language_model
-experiment.load_language_model = lambda scale: load(scale, experiment.torch.float32)
-experiment.evaluate = lambda *arguments: {}
-experiment.not_enough_room = lambda *arguments: []
+load = lab.language_model.load_language_model
+lab.language_model.load_language_model = lambda scale: load(scale, experiment.torch.float32)
+lab.evaluation.evaluate = lambda *arguments: {}
+lab.preflight.not_enough_room = lambda *arguments: []
 """
 
 

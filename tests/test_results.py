@@ -14,15 +14,21 @@ import pytest
 import torch
 
 import experiment
+import lab.fidelity
+import lab.folders
+import lab.metrics
+import lab.results
+import lab.scales
+import lab.storage
 
 # ── Means and their errors ──────────────────────────────────────────────────────────────────────
 
 
 def test_mean_sd_and_stderr_have_the_values_worked_out_by_hand():
     values = [1.0, 2.0, 3.0, 4.0]  # squared deviations 2.25 + 0.25 + 0.25 + 2.25
-    assert experiment.mean_or_none(values) == 2.5
-    assert experiment.sd_or_none(values) == pytest.approx(math.sqrt(5 / 3))
-    assert experiment.stderr_or_none(values) == pytest.approx(math.sqrt(5 / 3) / 2)
+    assert lab.metrics.mean_or_none(values) == 2.5
+    assert lab.metrics.sd_or_none(values) == pytest.approx(math.sqrt(5 / 3))
+    assert lab.metrics.stderr_or_none(values) == pytest.approx(math.sqrt(5 / 3) / 2)
 
 
 @pytest.mark.parametrize("name", ["mean_or_none", "sd_or_none", "stderr_or_none"])
@@ -32,15 +38,15 @@ def test_a_missing_value_makes_the_result_missing_and_never_0(name, values):
 
 
 def test_one_value_has_a_mean_but_no_spread():
-    assert experiment.mean_or_none([0.3]) == 0.3
-    assert experiment.sd_or_none([0.3]) is None
-    assert experiment.stderr_or_none([0.3]) is None
+    assert lab.metrics.mean_or_none([0.3]) == 0.3
+    assert lab.metrics.sd_or_none([0.3]) is None
+    assert lab.metrics.stderr_or_none([0.3]) is None
 
 
 def test_a_value_of_0_is_not_missing():
-    assert experiment.mean_or_none([0.0, 0.0]) == 0.0
-    assert experiment.sd_or_none([0.0, 0.0]) == 0.0
-    assert experiment.stderr_or_none([0.0, 0.0]) == 0.0
+    assert lab.metrics.mean_or_none([0.0, 0.0]) == 0.0
+    assert lab.metrics.sd_or_none([0.0, 0.0]) == 0.0
+    assert lab.metrics.stderr_or_none([0.0, 0.0]) == 0.0
 
 
 # ── Training-curve stability ────────────────────────────────────────────────────────────────────
@@ -54,7 +60,7 @@ def test_the_running_median_is_centred_and_cut_at_the_ends(n, window):
     for i in range(n):
         near = [values[j] for j in range(n) if abs(i - j) <= window // 2]
         slow.append(statistics.median(near))
-    assert experiment.running_median(np.array(values), window).tolist() == pytest.approx(slow)
+    assert lab.metrics.running_median(np.array(values), window).tolist() == pytest.approx(slow)
 
 
 STEPS = 1000
@@ -65,7 +71,7 @@ def smooth_loss() -> np.ndarray:
 
 
 def of_loss(loss) -> dict:
-    return experiment.stability(list(loss), [1.0] * len(loss))
+    return lab.metrics.stability(list(loss), [1.0] * len(loss))
 
 
 def test_a_smooth_curve_has_almost_no_roughness_and_no_spikes():
@@ -101,12 +107,12 @@ def test_the_first_fifth_of_training_does_not_count():
 
 def test_the_variation_of_the_gradient_norm_is_sd_over_mean_of_the_last_four_fifths():
     grads = [1e6, 1e-6] * 100 + [1.0, 3.0] * 400
-    found = experiment.stability([1.0] * 1000, grads)["grad_norm_cv"]
+    found = lab.metrics.stability([1.0] * 1000, grads)["grad_norm_cv"]
     assert found == pytest.approx(math.sqrt(800 / 799) / 2)
 
 
 def test_stability_of_a_single_step_is_missing_and_not_0():
-    assert experiment.stability([1.0], [1.0]) == {
+    assert lab.metrics.stability([1.0], [1.0]) == {
         "loss_roughness": None,
         "loss_spikes": 0.0,
         "grad_norm_cv": None,
@@ -126,14 +132,14 @@ def test_stability_of_a_single_step_is_missing_and_not_0():
     ],
 )
 def test_rank_correlation_is_spearmans(a, b, rho):
-    assert experiment.rank_correlation(a, b) == pytest.approx(rho)
+    assert lab.metrics.rank_correlation(a, b) == pytest.approx(rho)
 
 
 @pytest.mark.parametrize(
     ("a", "b"), [([], []), ([1, 2], [1, 2]), ([1, 1, 1], [1, 2, 3]), ([1, 2, 3], [0, 0, 0])]
 )
 def test_a_rank_correlation_that_means_nothing_is_missing(a, b):
-    assert experiment.rank_correlation(a, b) is None
+    assert lab.metrics.rank_correlation(a, b) is None
 
 
 def dictionary(seed: int, n: int = 60, d: int = 12) -> torch.Tensor:
@@ -146,16 +152,16 @@ def test_a_permuted_and_sign_flipped_dictionary_is_the_same_one():
     g = torch.Generator().manual_seed(1)
     signs = torch.randint(0, 2, (60, 1), generator=g) * 2.0 - 1
     turned = signs * W[torch.randperm(60, generator=g)]
-    assert experiment.pairwise_mcc(W, turned) == pytest.approx(1.0, abs=1e-5)
-    assert experiment.pairwise_mcc(W, dictionary(2)) < 0.9
+    assert lab.metrics.pairwise_mcc(W, turned) == pytest.approx(1.0, abs=1e-5)
+    assert lab.metrics.pairwise_mcc(W, dictionary(2)) < 0.9
 
 
 def test_the_matching_is_one_to_one_and_the_best_one():
     # Greedy would match 0.9 and then 0.1; the best is 0.8 with 0.7.
     cos = torch.tensor([[0.9, 0.8], [-0.7, 0.1]])
-    assert experiment.pairwise_mcc(torch.eye(2), cos.T) == pytest.approx(0.75)
+    assert lab.metrics.pairwise_mcc(torch.eye(2), cos.T) == pytest.approx(0.75)
     # Every row of one side is nearest to the same row of the other.
-    assert experiment.pairwise_mcc(torch.eye(2), torch.tensor([[1.0, 0], [1, 0]])) == 0.5
+    assert lab.metrics.pairwise_mcc(torch.eye(2), torch.tensor([[1.0, 0], [1, 0]])) == 0.5
 
 
 def test_random_dictionaries_come_near_a_simulated_null():
@@ -167,16 +173,16 @@ def test_random_dictionaries_come_near_a_simulated_null():
         cos = abs(a @ b.T) / np.linalg.norm(a, axis=1)[:, None] / np.linalg.norm(b, axis=1)
         matching = zip(*linear_sum_assignment(-cos), strict=True)
         null.append(sum(cos[i, j] for i, j in matching) / 60)
-    found = [experiment.pairwise_mcc(dictionary(2 * i), dictionary(2 * i + 1)) for i in range(10)]
+    found = [lab.metrics.pairwise_mcc(dictionary(2 * i), dictionary(2 * i + 1)) for i in range(10)]
     assert np.mean(found) == pytest.approx(np.mean(null), abs=0.02)
     assert 0.4 < np.mean(null) < 0.7, "far from 0: without its null the number says little"
 
 
 def test_each_seed_is_compared_with_every_other_one():
-    distance = experiment.between_seeds([1, 2, 4], lambda a, b: float(abs(a - b)))
+    distance = lab.metrics.between_seeds([1, 2, 4], lambda a, b: float(abs(a - b)))
     assert distance == [2.0, 1.5, 2.5]
-    assert experiment.between_seeds([1], lambda a, b: 0.0) == [None]
-    assert experiment.between_seeds([1, 1, 9], lambda a, b: None if 9 in (a, b) else 1.0) == [
+    assert lab.metrics.between_seeds([1], lambda a, b: 0.0) == [None]
+    assert lab.metrics.between_seeds([1, 1, 9], lambda a, b: None if 9 in (a, b) else 1.0) == [
         None,
         None,
         None,
@@ -229,7 +235,7 @@ def absorption(full: dict[str, float], fraction: dict[str, float], **more) -> di
 
 
 def test_probing_metrics_are_sae_benchs_numbers_under_our_names():
-    found = experiment.probing_metrics(probing((0.6, 0.8), (0.7, 0.9)), (1, 2))
+    found = lab.metrics.probing_metrics(probing((0.6, 0.8), (0.7, 0.9)), (1, 2))
     assert found == {
         "probing_top_1": pytest.approx(0.7),
         "probing_top_2": pytest.approx(0.8),
@@ -242,7 +248,7 @@ def test_probing_metrics_are_sae_benchs_numbers_under_our_names():
 
 
 def test_absorption_metrics_are_sae_benchs_means_and_our_sd_over_letters():
-    found = experiment.absorption_metrics(absorption({"a": 0.0, "b": 0.2}, {"a": 0.1, "b": 0.5}))
+    found = lab.metrics.absorption_metrics(absorption({"a": 0.0, "b": 0.2}, {"a": 0.1, "b": 0.5}))
     assert found == {
         "absorption_full": 0.11,
         "absorption_full_sd_over_letters": pytest.approx(0.1 * math.sqrt(2)),
@@ -254,8 +260,8 @@ def test_absorption_metrics_are_sae_benchs_means_and_our_sd_over_letters():
 
 
 def test_missing_absorption_has_the_same_names_and_no_values():
-    there = experiment.absorption_metrics(absorption({"a": 0.0}, {"a": 0.1}))
-    missing = experiment.absorption_metrics(None)
+    there = lab.metrics.absorption_metrics(absorption({"a": 0.0}, {"a": 0.1}))
+    missing = lab.metrics.absorption_metrics(None)
     assert set(missing) == set(there)
     assert set(missing.values()) == {None}
 
@@ -263,8 +269,8 @@ def test_missing_absorption_has_the_same_names_and_no_values():
 # ── Results of a layer ──────────────────────────────────────────────────────────────────────────
 
 
-def scale(n_seeds: int) -> experiment.Scale:
-    return experiment.Scale(
+def scale(n_seeds: int) -> lab.scales.Scale:
+    return lab.scales.Scale(
         "tiny",
         "none",
         "sae-probes",
@@ -298,7 +304,7 @@ def made_up(n_seeds: int = 3) -> dict:
     return {
         "scale": scale(n_seeds),
         "records": records,
-        "fidelities": [experiment.Fidelity(0.2 + 0.1 * s, 36.0, 0.0, 0.9) for s in seeds],
+        "fidelities": [lab.fidelity.Fidelity(0.2 + 0.1 * s, 36.0, 0.0, 0.9) for s in seeds],
         "probing": [probing((0.6 + 0.1 * s, 0.8), (0.7, 0.9), **TIMES, kept=s) for s in seeds],
         "absorption": [absorption((up, up, down)[s], up, **TIMES) for s in seeds],
         "decoders": [(eye, -eye.flip(0), eye.roll(2, 0))[s] for s in seeds],
@@ -306,7 +312,7 @@ def made_up(n_seeds: int = 3) -> dict:
 
 
 def test_the_results_of_a_layer_hold_one_value_per_seed_of_everything():
-    found = experiment.layer_results(**made_up())
+    found = lab.results.layer_results(**made_up())
     values = found["final_info_dict"]
     assert all(len(v) == 3 for v in values.values())
     assert values["fvu"] == pytest.approx([0.2, 0.3, 0.4])
@@ -324,7 +330,7 @@ def test_the_results_of_a_layer_hold_one_value_per_seed_of_everything():
 
 
 def test_means_and_errors_of_a_layer_come_from_its_values_per_seed():
-    found = experiment.layer_results(**made_up())
+    found = lab.results.layer_results(**made_up())
     means, stderrs = found["means"], found["stderrs"]
     assert set(means) == set(stderrs)
     assert means["fvu"] == pytest.approx(0.3)
@@ -339,7 +345,7 @@ def test_means_and_errors_of_a_layer_come_from_its_values_per_seed():
 
 def test_agreement_between_seeds_has_a_mean_and_no_standard_error():
     """Its values are of pairs, and two pairs share a seed."""
-    found = experiment.layer_results(**made_up())
+    found = lab.results.layer_results(**made_up())
     without = {name for name, error in found["stderrs"].items() if error is None}
     assert without == {
         "decoder_pw_mcc",
@@ -355,7 +361,7 @@ def test_agreement_between_seeds_has_a_mean_and_no_standard_error():
 
 def test_the_results_of_a_layer_keep_what_paired_comparisons_need():
     arguments = made_up()
-    found = experiment.layer_results(**arguments)
+    found = lab.results.layer_results(**arguments)
     assert found["per_task"]["probing_top_1"] == {
         "code": pytest.approx([0.6, 0.7, 0.8]),
         "news": pytest.approx([0.8, 0.8, 0.8]),
@@ -367,13 +373,13 @@ def test_the_results_of_a_layer_keep_what_paired_comparisons_need():
     assert [p["kept"] for p in bench["sparse_probing"]] == [0, 1, 2]
     assert all(not TIMES.keys() & p.keys() for kind in bench.values() for p in kind)
     assert TIMES.keys() <= arguments["probing"][0].keys(), "the argument is left as it was"
-    assert json.loads(experiment.json_text(found)) == found
+    assert json.loads(lab.storage.json_text(found)) == found
 
 
 def test_the_results_of_a_layer_are_the_same_every_time():
-    before = experiment.json_text(experiment.layer_results(**made_up()))
+    before = lab.storage.json_text(lab.results.layer_results(**made_up()))
     torch.manual_seed(3)
-    assert experiment.json_text(experiment.layer_results(**made_up())) == before
+    assert lab.storage.json_text(lab.results.layer_results(**made_up())) == before
 
 
 def test_a_letter_that_one_seed_lacks_is_left_out_of_the_comparison_of_all():
@@ -381,7 +387,7 @@ def test_a_letter_that_one_seed_lacks_is_left_out_of_the_comparison_of_all():
     arguments["absorption"][2] = absorption(
         {"a": 0.3, "b": 0.2, "c": 0.1}, {"a": 0.1, "b": 0.2, "c": 0.3}
     )
-    found = experiment.layer_results(**arguments)
+    found = lab.results.layer_results(**arguments)
     assert sorted(found["per_letter"]["absorption_full"]) == list("abc")
     correlation = found["final_info_dict"]["absorption_full_rank_correlation"]
     assert correlation == pytest.approx([0.0, 0.0, -1.0])
@@ -392,7 +398,7 @@ def test_absorption_that_could_not_be_measured_is_null_and_nothing_else_is():
     arguments["absorption"] = [None, None, None]
     for record in arguments["records"]:
         record |= {"online_absorption": None, "online_full_absorption": None}
-    found = experiment.layer_results(**arguments)
+    found = lab.results.layer_results(**arguments)
     missing = {name for name, mean in found["means"].items() if mean is None}
     assert missing == {name for name in found["means"] if "absorption" in name}
     assert all(found["final_info_dict"][n] == [None] * 3 for n in missing if "over_seeds" not in n)
@@ -401,7 +407,7 @@ def test_absorption_that_could_not_be_measured_is_null_and_nothing_else_is():
 
 
 def test_a_single_seed_has_means_but_no_errors_and_no_agreement():
-    found = experiment.layer_results(**made_up(1))
+    found = lab.results.layer_results(**made_up(1))
     assert set(found["stderrs"].values()) == {None}
     assert found["means"]["fvu"] == pytest.approx(0.2)
     missing = {name for name, mean in found["means"].items() if mean is None}
@@ -417,7 +423,7 @@ def test_a_single_seed_has_means_but_no_errors_and_no_agreement():
 
 
 def test_a_read_out_check_has_the_probing_metrics_of_every_seed():
-    found = experiment.readout_results(scale(3), made_up()["probing"])
+    found = lab.results.readout_results(scale(3), made_up()["probing"])
     assert found["final_info_dict"]["probing_top_1"] == pytest.approx([0.7, 0.75, 0.8])
     assert found["means"]["probing_top_1"] == pytest.approx(0.75)
     assert found["stderrs"]["probing_top_1"] == pytest.approx(0.05 / math.sqrt(3))
@@ -429,18 +435,18 @@ def test_a_read_out_check_has_the_probing_metrics_of_every_seed():
 
 def test_equal_configurations_do_not_differ():
     config = {"run": {"ema": True, "alphas": [0.0, 1.0]}, "name": "run_1"}
-    assert experiment.differences(config, json.loads(json.dumps(config))) == []
+    assert lab.folders.differences(config, json.loads(json.dumps(config))) == []
 
 
 def test_every_difference_is_named_with_both_values_and_where_it_stands():
     old = {"run": {"ema": True, "alpha": 0.1}, "name": "run_1", "layers": [3]}
     new = {"run": {"ema": False, "alpha": 0.1}, "name": "run_1", "layers": [3, 4], "more": 7}
-    assert experiment.differences(old, new) == [
+    assert lab.folders.differences(old, new) == [
         "layers is [3] there and [3, 4] now",
         "more is 'absent' there and 7 now",
         "run.ema is True there and False now",
     ]
-    assert experiment.differences({"run": None}, {"run": {"ema": True}}) == [
+    assert lab.folders.differences({"run": None}, {"run": {"ema": True}}) == [
         "run is None there and {'ema': True} now"
     ]
 
@@ -451,22 +457,22 @@ def test_every_difference_is_named_with_both_values_and_where_it_stands():
 def test_a_number_that_is_not_finite_is_never_written():
     for value in (math.nan, math.inf):
         with pytest.raises(ValueError, match="JSON"):
-            experiment.json_text({"loss": value})
+            lab.storage.json_text({"loss": value})
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
     path = tmp_path / "final_info.json"
-    experiment.write_atomically(path, "old")
-    experiment.write_atomically(path, "nëw")
+    lab.storage.write_atomically(path, "old")
+    lab.storage.write_atomically(path, "nëw")
     assert path.read_text(encoding="utf-8") == "nëw"
     assert [p.name for p in tmp_path.iterdir()] == ["final_info.json"], "nothing is left beside it"
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "final_info.json"
-    experiment.write_atomically(path, "old")
+    lab.storage.write_atomically(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        experiment.write_atomically(path, "x" * 100_000 + "\ud800")
+        lab.storage.write_atomically(path, "x" * 100_000 + "\ud800")
     assert path.read_text() == "old"
 
     def full(_):
@@ -474,7 +480,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(experiment.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        experiment.write_atomically(path, "new")
+        lab.storage.write_atomically(path, "new")
     assert path.read_text() == "old"
 
 
@@ -495,15 +501,15 @@ def kill_me(*_) -> None:
 
 def test_a_write_that_is_killed_leaves_the_old_file_and_the_next_one_succeeds(tmp_path):
     path = tmp_path / "final_info.json"
-    experiment.write_atomically(path, "old")
+    lab.storage.write_atomically(path, "old")
 
     def killed_while_writing():
         experiment.os.fsync = kill_me
-        experiment.write_atomically(path, "new")
+        lab.storage.write_atomically(path, "new")
 
     assert in_a_child(killed_while_writing) == -signal.SIGKILL
     assert path.read_text() == "old"
-    experiment.write_atomically(path, "newer")
+    lab.storage.write_atomically(path, "newer")
     assert [p.name for p in tmp_path.iterdir()] == ["final_info.json"]
     assert path.read_text() == "newer"
 
@@ -545,10 +551,10 @@ def kept_in(folder: Path) -> list[str]:
 
 def test_an_entry_is_built_once_and_stands_where_the_environment_says(cache):
     build = Build()
-    entry = experiment.cached("kind", {"a": 1, "b": [2]}, build)
+    entry = lab.storage.cached("kind", {"a": 1, "b": [2]}, build)
     assert entry.parent == cache / "kind"
     assert is_good(entry)
-    assert experiment.cached("kind", {"b": [2], "a": 1}, build) == entry
+    assert lab.storage.cached("kind", {"b": [2], "a": 1}, build) == entry
     assert build.calls == 1
     assert json.loads((entry / "manifest.json").read_text())["key"] == {"a": 1, "b": [2]}
 
@@ -556,12 +562,12 @@ def test_an_entry_is_built_once_and_stands_where_the_environment_says(cache):
 def test_without_the_environment_the_cache_is_in_the_users_home(monkeypatch, tmp_path):
     monkeypatch.delenv("COSINE_SAE_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert experiment.cache_root() == tmp_path / ".cache" / "cosine-sae"
+    assert lab.storage.cache_root() == tmp_path / ".cache" / "cosine-sae"
 
 
 def test_every_key_and_kind_has_an_entry_of_its_own(cache):
     keys = [("kind", {"a": 1}), ("kind", {"a": 2}), ("kind", {"b": 1}), ("other", {"a": 1})]
-    assert len({experiment.cached(kind, key, Build()) for kind, key in keys}) == 4
+    assert len({lab.storage.cached(kind, key, Build()) for kind, key in keys}) == 4
 
 
 def flip_a_byte(entry: Path) -> None:
@@ -588,31 +594,31 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", sorted(DAMAGES))
 def test_a_damaged_entry_is_noticed_reported_and_made_again(cache, damage, capsys):
     build = Build()
-    entry = experiment.cached("kind", {"a": 1}, build)
+    entry = lab.storage.cached("kind", {"a": 1}, build)
     DAMAGES[damage](entry)
-    assert experiment.cached("kind", {"a": 1}, build) == entry
+    assert lab.storage.cached("kind", {"a": 1}, build) == entry
     assert build.calls == 2
     assert is_good(entry)
     assert f"kind/{entry.name} is damaged" in capsys.readouterr().out
-    experiment.cached("kind", {"a": 1}, build)
+    lab.storage.cached("kind", {"a": 1}, build)
     assert (build.calls, capsys.readouterr().out) == (2, ""), "and is whole again"
 
 
 @pytest.mark.parametrize("error", [ValueError("half way"), KeyboardInterrupt()])
 def test_a_build_that_raises_leaves_nothing_behind(cache, error):
     with pytest.raises(type(error)):
-        experiment.cached("kind", {"a": 1}, Build(fail=error))
+        lab.storage.cached("kind", {"a": 1}, Build(fail=error))
     assert kept_in(cache / "kind") == []
-    assert is_good(experiment.cached("kind", {"a": 1}, Build())), "the lock was given back"
+    assert is_good(lab.storage.cached("kind", {"a": 1}, Build())), "the lock was given back"
 
 
 def test_a_killed_build_is_no_entry_and_what_it_left_is_removed(cache):
     def killed_while_building():
-        experiment.cached("kind", {"a": 1}, lambda folder: (Build()(folder), kill_me()))
+        lab.storage.cached("kind", {"a": 1}, lambda folder: (Build()(folder), kill_me()))
 
     assert in_a_child(killed_while_building) == -signal.SIGKILL
     (left,) = kept_in(cache / "kind")
-    entry = experiment.cached("kind", {"a": 1}, Build())
+    entry = lab.storage.cached("kind", {"a": 1}, Build())
     assert is_good(entry)
     assert left != entry.name, "an entry appears under its name only when it is whole"
     assert kept_in(cache / "kind") == [entry.name]
@@ -622,7 +628,7 @@ def test_leftovers_of_another_key_are_left_alone(cache):
     """Its process may still be at work: the lock that says so is the other key's."""
     other = cache / "kind" / "0123456789abcdef.partial-xyz"
     other.mkdir(parents=True)
-    experiment.cached("kind", {"a": 1}, Build())
+    lab.storage.cached("kind", {"a": 1}, Build())
     assert other.exists()
 
 
@@ -636,7 +642,7 @@ def test_two_threads_build_an_entry_once(cache):
 
     def ask() -> None:
         ready.wait()
-        found.append(experiment.cached("kind", {"a": 1}, slow))
+        found.append(lab.storage.cached("kind", {"a": 1}, slow))
 
     threads = [threading.Thread(target=ask) for _ in range(2)]
     for thread in threads:
@@ -659,11 +665,11 @@ def test_two_processes_build_an_entry_once(cache):
     pid = os.fork()
     if pid == 0:
         try:
-            experiment.cached("kind", {"a": 1}, slow)
+            lab.storage.cached("kind", {"a": 1}, slow)
         finally:
             os._exit(0)
     assert os.read(reading, 1) == b"!"
-    entry = experiment.cached("kind", {"a": 1}, mine)
+    entry = lab.storage.cached("kind", {"a": 1}, mine)
     os.waitpid(pid, 0)
     os.close(reading)
     os.close(writing)

@@ -16,7 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import experiment
-from experiment import Checkpoints, Interrupted, Ranks, Signals, Trainer, Training, TrainingLog
+import lab.activations
+import lab.online_absorption
+import lab.process
+import lab.scales
+import lab.storage
+from experiment import Trainer, Training
+from lab.checkpoints import Checkpoints, TrainingLog
+from lab.process import Interrupted, Ranks, Signals
 
 
 @pytest.fixture
@@ -51,7 +58,7 @@ def test_several_processes_share_the_lanes_without_gaps_or_are_told_how_many_can
         ranks = Ranks()
         ranks.rank, ranks.world = rank, 4
         shares.append(list(ranks.lanes(16)))
-        with pytest.raises(experiment.ExperimentError, match="4 processes cannot share 6 lanes"):
+        with pytest.raises(lab.process.ExperimentError, match="4 processes cannot share 6 lanes"):
             ranks.lanes(6)
     assert shares == [list(range(4 * rank, 4 * rank + 4)) for rank in range(4)]
 
@@ -277,11 +284,11 @@ class Computed:
 def test_a_finished_part_is_remembered_as_json_has_it(tmp_path):
     compute = Computed({"fvu": 0.1 + 0.2, "letters": ("a", "ä"), "missing": None})
     path = tmp_path / "evaluated" / "fidelity.json"
-    first = experiment.remembered(path, compute)
+    first = lab.storage.remembered(path, compute)
     assert first == {"fvu": 0.1 + 0.2, "letters": ["a", "ä"], "missing": None}
-    assert experiment.remembered(path, compute) == first, "to the last bit, and in the same types"
+    assert lab.storage.remembered(path, compute) == first, "to the last bit, and in the same types"
     assert compute.times == 1
-    assert experiment.remembered(tmp_path / "by_layer.json", Computed({5: 1})) == {"5": 1}
+    assert lab.storage.remembered(tmp_path / "by_layer.json", Computed({5: 1})) == {"5": 1}
     assert [p.name for p in path.parent.iterdir()] == ["fidelity.json"]
 
 
@@ -298,25 +305,25 @@ def test_a_finished_part_is_remembered_as_json_has_it(tmp_path):
 )
 def test_a_damaged_part_is_computed_again(tmp_path, damage):
     compute, path = Computed({"fvu": 0.25}), tmp_path / "fidelity.json"
-    experiment.remembered(path, compute)
+    lab.storage.remembered(path, compute)
     path.write_text(damage(path.read_text()))
-    assert experiment.remembered(path, compute) == {"fvu": 0.25}
+    assert lab.storage.remembered(path, compute) == {"fvu": 0.25}
     assert compute.times == 2
-    experiment.remembered(path, compute)
+    lab.storage.remembered(path, compute)
     assert compute.times == 2
 
 
 def test_a_part_that_fails_is_not_remembered(tmp_path):
     path = tmp_path / "fidelity.json"
     with pytest.raises(ZeroDivisionError):
-        experiment.remembered(path, lambda: 1 / 0)
-    assert experiment.remembered(path, Computed(3)) == 3
+        lab.storage.remembered(path, lambda: 1 / 0)
+    assert lab.storage.remembered(path, Computed(3)) == 3
 
 
 # ── A trainer ───────────────────────────────────────────────────────────────────────────────────
 
 D_IN = 8
-SCALE = experiment.Scale(
+SCALE = lab.scales.Scale(
     "tiny", "none", "sae-probes", (1, 12), training_tokens=14 * 32 + 5, batch_tokens=32,
     context_length=9, heldout_contexts=4, d_sae=24, n_seeds=2, learning_rate=0.02, warmup_steps=2,
     target_l0=4.0, initial_l0=12.0, ema_horizon_fraction=0.3, lm_batch=5, block_contexts=16,
@@ -326,14 +333,14 @@ SCALE = experiment.Scale(
 KINDS = ("run_1", "run_2", "run_7", "run_8", "run_10")
 
 
-def online_absorption(*_) -> experiment.OnlineAbsorption:
+def online_absorption(*_) -> lab.online_absorption.OnlineAbsorption:
     """Forty words of four letters, noisy enough for absorption to be anything."""
     generator = torch.Generator().manual_seed(3)
     y, weight, f1 = torch.arange(40) % 4, torch.zeros(26, D_IN), torch.zeros(26)
     weight[:4], f1[:4] = torch.eye(D_IN)[:4], 1.0
     X = 2 * torch.eye(D_IN)[y] + 0.7 * torch.randn(40, D_IN, generator=generator)
     probe = {"weight": weight, "bias": torch.full((26,), -0.1), "f1": f1, "X": X, "y": y}
-    return experiment.OnlineAbsorption(probe, SCALE.online_words)
+    return lab.online_absorption.OnlineAbsorption(probe, SCALE.online_words)
 
 
 def batches() -> list[torch.Tensor]:
@@ -342,7 +349,7 @@ def batches() -> list[torch.Tensor]:
 
 
 def fresh_trainer(name: str) -> Trainer:
-    units = experiment.calibrate(torch.cat(batches()))
+    units = lab.activations.calibrate(torch.cat(batches()))
     trainer = Trainer(SCALE, experiment.RUNS[name], 12, units, Ranks())
     trainer.online = online_absorption()
     trainer.sae.b_enc.data[:, 0] = -100.0  # a latent that never fires
@@ -621,8 +628,8 @@ class SaveNothing:
 
 def test_a_text_that_ends_too_early_is_an_error_that_says_where(text, tmp_path, signals):
     del text[30:]
-    with pytest.raises(experiment.ExperimentError, match=r"ended after \d+ of 14 steps: lower"):
+    with pytest.raises(lab.process.ExperimentError, match=r"ended after \d+ of 14 steps: lower"):
         Execution(tmp_path / "run").train(signals)
     del text[6:]
-    with pytest.raises(experiment.ExperimentError, match="shorter than one block of 16 contexts"):
+    with pytest.raises(lab.process.ExperimentError, match="shorter than one block of 16 contexts"):
         Execution(tmp_path / "other")

@@ -9,6 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 import experiment
+import lab.preflight
+import lab.process
+import lab.scales
 
 # progress: alpha, worked out by hand for alpha_start 0.1 and alpha_end 0.9
 BY_HAND = {
@@ -23,7 +26,7 @@ BY_HAND = {
 }
 
 
-def scale(**changes) -> experiment.Scale:
+def scale(**changes) -> lab.scales.Scale:
     """100 steps of 10 tokens in 2 lanes, every number that a test uses written out."""
     values = {
         "name": "tiny",
@@ -43,7 +46,7 @@ def scale(**changes) -> experiment.Scale:
         "ema_horizon_fraction": 0.05,
         "lanes": 2,
     }
-    return experiment.Scale(**values | changes)
+    return lab.scales.Scale(**values | changes)
 
 
 # ── Alpha schedules ─────────────────────────────────────────────────────────────────────────────
@@ -86,7 +89,7 @@ def test_every_schedule_name_has_a_function_and_no_function_is_unreachable():
 
 @pytest.mark.parametrize("progress", [-1e-9, 1 + 1e-9, -1.0, 2.0, math.nan])
 def test_progress_outside_0_to_1_is_refused(progress):
-    with pytest.raises(experiment.ExperimentError, match="progress"):
+    with pytest.raises(lab.process.ExperimentError, match="progress"):
         experiment.alpha_at(experiment.METHOD, progress)
 
 
@@ -161,19 +164,19 @@ def test_steps_and_ema_horizon_follow_from_the_token_budget():
     ],
 )
 def test_a_bad_value_of_a_run_is_refused_by_name(field, value):
-    with pytest.raises(experiment.ExperimentError, match=field):
+    with pytest.raises(lab.process.ExperimentError, match=field):
         experiment.Run("bad", **{field: value})
 
 
 @pytest.mark.parametrize(("start", "end"), [(0.1, 0.9), (0.0, 0.5), (1.0, 1.0)])
 def test_a_learned_blend_with_an_alpha_is_refused(start, end):
-    with pytest.raises(experiment.ExperimentError, match="alpha_start=alpha_end=0"):
+    with pytest.raises(lab.process.ExperimentError, match="alpha_start=alpha_end=0"):
         experiment.Run("bad", schedule="learned", alpha_start=start, alpha_end=end)
 
 
 NUMBERS = [
     f.name
-    for f in fields(experiment.Scale)
+    for f in fields(lab.scales.Scale)
     if f.type in (int, float, int | None) and f.name != "keep_activations"
 ]
 MAY_BE_ZERO = {"warmup_steps", "decay_fraction", "evaluation_seed", "checkpoint_seconds"}
@@ -188,13 +191,13 @@ def test_the_numbers_of_a_scale_are_all_found():
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("value", [-1, math.nan, math.inf, -math.inf])
 def test_a_negative_or_unfinished_number_of_a_scale_is_refused_by_name(name, value):
-    with pytest.raises(experiment.ExperimentError, match=rf"SCALES\['tiny'\]: {name}="):
+    with pytest.raises(lab.process.ExperimentError, match=rf"SCALES\['tiny'\]: {name}="):
         scale(**{name: value})
 
 
 @pytest.mark.parametrize("name", [n for n in NUMBERS if n not in MAY_BE_ZERO])
 def test_a_zero_that_makes_no_sense_is_refused_by_name(name):
-    with pytest.raises(experiment.ExperimentError, match=f"{name}=0 must be above 0"):
+    with pytest.raises(lab.process.ExperimentError, match=f"{name}=0 must be above 0"):
         scale(**{name: 0})
 
 
@@ -205,16 +208,16 @@ def test_a_zero_that_makes_sense_is_accepted(name):
 
 @pytest.mark.parametrize("name", [n for n in NUMBERS if n.endswith("_fraction")])
 def test_a_fraction_above_1_is_refused_by_name(name):
-    with pytest.raises(experiment.ExperimentError, match=f"{name}=1.01 must be at most 1"):
+    with pytest.raises(lab.process.ExperimentError, match=f"{name}=1.01 must be at most 1"):
         scale(**{name: 1.01})
     assert getattr(scale(**{name: 1.0}), name) == 1.0
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(experiment.Scale) if f.type is int])
+@pytest.mark.parametrize("name", [f.name for f in fields(lab.scales.Scale) if f.type is int])
 @pytest.mark.parametrize("value", [4.0, 3.5, True, "4"])
 def test_a_number_of_things_that_is_no_whole_number_is_refused_by_name(name, value):
     with pytest.raises(
-        experiment.ExperimentError, match=f"{name}={value!r} must be a whole number"
+        lab.process.ExperimentError, match=f"{name}={value!r} must be a whole number"
     ):
         scale(**{name: value})
 
@@ -241,13 +244,15 @@ def test_a_number_of_things_that_is_no_whole_number_is_refused_by_name(name, val
     ],
 )
 def test_a_bad_value_of_a_scale_is_refused_by_name(named, changes):
-    with pytest.raises(experiment.ExperimentError, match=named):
+    with pytest.raises(lab.process.ExperimentError, match=named):
         scale(**changes)
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_a_token_budget_below_one_batch_is_refused_and_says_what_to_raise(tokens):
-    with pytest.raises(experiment.ExperimentError, match=f"training_tokens={tokens} .*batch of 10"):
+    with pytest.raises(
+        lab.process.ExperimentError, match=f"training_tokens={tokens} .*batch of 10"
+    ):
         scale(training_tokens=tokens)
     assert scale(training_tokens=10).total_steps == 1
 
@@ -320,34 +325,34 @@ def test_titles_tell_the_runs_apart():
 def test_without_a_gpu_the_laptop_scale_is_chosen(monkeypatch):
     monkeypatch.delenv("EXPERIMENT_SCALE", raising=False)
     monkeypatch.setattr(experiment.torch.cuda, "is_available", lambda: False)
-    assert experiment.choose_scale() is experiment.SCALES["laptop"]
+    assert lab.scales.choose_scale() is lab.scales.SCALES["laptop"]
 
 
 def test_the_environment_overrides_the_machine(monkeypatch):
-    monkeypatch.setitem(experiment.SCALES, "tiny", scale())
+    monkeypatch.setitem(lab.scales.SCALES, "tiny", scale())
     monkeypatch.setenv("EXPERIMENT_SCALE", "tiny")
-    assert experiment.choose_scale() == scale()
+    assert lab.scales.choose_scale() == scale()
 
 
 def test_with_a_gpu_the_large_scale_is_chosen(monkeypatch):
     monkeypatch.delenv("EXPERIMENT_SCALE", raising=False)
     monkeypatch.setattr(experiment.torch.cuda, "is_available", lambda: True)
-    assert experiment.choose_scale() is experiment.SCALES["gemma-2-2b"]
+    assert lab.scales.choose_scale() is lab.scales.SCALES["gemma-2-2b"]
     monkeypatch.setenv("EXPERIMENT_SCALE", "laptop")
-    assert experiment.choose_scale() is experiment.SCALES["laptop"]
+    assert lab.scales.choose_scale() is lab.scales.SCALES["laptop"]
 
 
 def test_an_unknown_scale_is_refused_with_the_names_there_are(monkeypatch):
     monkeypatch.setenv("EXPERIMENT_SCALE", "desktop")
-    with pytest.raises(experiment.ExperimentError, match="EXPERIMENT_SCALE='desktop'") as error:
-        experiment.choose_scale()
+    with pytest.raises(lab.process.ExperimentError, match="EXPERIMENT_SCALE='desktop'") as error:
+        lab.scales.choose_scale()
     assert all(name in str(error.value) for name in ("laptop", "pythia-70m", "gemma-2-2b"))
-    assert set(experiment.SCALES) == {"laptop", "pythia-70m", "gemma-2-2b"}
+    assert set(lab.scales.SCALES) == {"laptop", "pythia-70m", "gemma-2-2b"}
 
 
 def test_every_scale_carries_its_own_name():
-    assert all(name == s.name for name, s in experiment.SCALES.items())
-    assert replace(experiment.SCALES["laptop"], name="copy").name == "copy"
+    assert all(name == s.name for name, s in lab.scales.SCALES.items())
+    assert replace(lab.scales.SCALES["laptop"], name="copy").name == "copy"
 
 
 @pytest.mark.parametrize("name", ["pythia-70m", "gemma-2-2b"])
@@ -356,7 +361,7 @@ def test_the_scales_of_the_hub_are_scored_by_the_official_protocol(name):
     from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
     from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 
-    s, official = experiment.SCALES[name], SparseProbingEvalConfig()
+    s, official = lab.scales.SCALES[name], SparseProbingEvalConfig()
     assert s.tasks == tuple(official.dataset_names)
     assert s.probe_train_set_size == official.probe_train_set_size
     assert s.probe_test_set_size == official.probe_test_set_size
@@ -370,13 +375,13 @@ def test_the_scales_of_the_hub_are_scored_by_the_official_protocol(name):
 
 @pytest.mark.parametrize("name", ["pythia-70m", "gemma-2-2b"])
 def test_the_text_of_the_hub_is_pinned_to_one_state_of_it(name):
-    dataset, revision = experiment.SCALES[name].text.split("@")
+    dataset, revision = lab.scales.SCALES[name].text.split("@")
     assert dataset == "Skylion007/openwebtext"
     assert len(revision) == 40 and set(revision) <= set("0123456789abcdef")
 
 
 def test_the_large_scale_reads_three_layers_and_many_processes_can_share_it():
-    s = experiment.SCALES["gemma-2-2b"]
+    s = lab.scales.SCALES["gemma-2-2b"]
     assert (s.language_model, s.layers, s.d_sae) == ("google/gemma-2-2b", (5, 12, 19), 2304)
     assert s.total_steps * s.batch_tokens <= 10_000_000 < (s.total_steps + 1) * s.batch_tokens
     for processes in (2, 4, 8, 16):
@@ -408,7 +413,7 @@ def machine(monkeypatch, tmp_path):
 
 
 def complaints(name: str, out_dir: Path) -> list[str]:
-    return list(experiment.not_enough_room(experiment.SCALES[name], out_dir))
+    return list(lab.preflight.not_enough_room(lab.scales.SCALES[name], out_dir))
 
 
 def test_a_disk_that_holds_everything_must_have_room_for_all_of_it(machine, tmp_path):
@@ -447,17 +452,17 @@ def test_the_gpu_must_have_room_for_the_model_the_saes_and_two_blocks(machine):
 def test_everything_that_is_missing_is_said_at_once(monkeypatch):
     monkeypatch.setattr(experiment, "not_to_be_had", lambda scale: iter(["a licence", "a text"]))
     monkeypatch.setattr(experiment, "not_enough_room", lambda scale, out_dir: iter(["room"]))
-    with pytest.raises(experiment.ExperimentError) as error:
-        experiment.preflight(experiment.SCALES["gemma-2-2b"], Path("run_1"))
+    with pytest.raises(lab.process.ExperimentError) as error:
+        lab.preflight.preflight(lab.scales.SCALES["gemma-2-2b"], Path("run_1"))
     lines = str(error.value).splitlines()
     assert lines == ["before this run can start:", "  - a licence", "  - a text", "  - room"]
     for name in ("not_to_be_had", "not_enough_room"):
         monkeypatch.setattr(experiment, name, lambda *_: iter(()))
-    experiment.preflight(experiment.SCALES["gemma-2-2b"], Path("run_1"))
+    lab.preflight.preflight(lab.scales.SCALES["gemma-2-2b"], Path("run_1"))
 
 
 def test_nothing_is_asked_where_nothing_is_fetched_from_the_hub(monkeypatch, tmp_path):
     for name in ("not_to_be_had", "not_enough_room"):
         monkeypatch.setattr(experiment, name, lambda *_: pytest.fail("asked"))
-    for scale_ in (experiment.SCALES["laptop"], scale(), scale(language_model=str(tmp_path))):
-        experiment.preflight(scale_, tmp_path)
+    for scale_ in (lab.scales.SCALES["laptop"], scale(), scale(language_model=str(tmp_path))):
+        lab.preflight.preflight(scale_, tmp_path)

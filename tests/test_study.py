@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 import experiment
+import lab.folders
+import lab.scales
+import lab.storage
 
 STUDY = Path(experiment.__file__).parent / "results" / "laptop"
-SCALE = experiment.SCALES["laptop"]
+SCALE = lab.scales.SCALES["laptop"]
 ENTRY = "laptop layer 8"
 MAIN_METRICS = (
     "loss_roughness",
@@ -34,8 +37,8 @@ def results_of(run: str) -> dict:
 def test_the_committed_numbers_came_from_the_committed_configuration(run):
     config = json.loads((STUDY / run / "config.json").read_text(encoding="utf-8"))
     identity = {"run_name": run, "run": asdict(experiment.RUNS[run]), "scale": asdict(SCALE)}
-    now = json.loads(experiment.json_text(identity))
-    assert experiment.differences({name: config[name] for name in now}, now) == []
+    now = json.loads(lab.storage.json_text(identity))
+    assert lab.folders.differences({name: config[name] for name in now}, now) == []
 
 
 @pytest.mark.parametrize("run", experiment.RUNS)

@@ -20,6 +20,11 @@ from types import SimpleNamespace
 import torch
 
 import experiment
+import lab.absorption
+import lab.packaged_text
+import lab.process
+import lab.scales
+import lab.storage
 
 ROOT = Path(experiment.__file__).resolve().parent
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -39,7 +44,7 @@ def make_tokenizer(folder: Path, per_letter: int = 40):
 
     counts: Counter[str] = Counter()
     for number in (97, 157):  # news articles, reviews
-        for text, _ in experiment.sae_probes_rows(number)[:600]:
+        for text, _ in lab.packaged_text.sae_probes_rows(number)[:600]:
             counts.update(re.findall(PIECE, text))
     words: dict[str, list[str]] = {letter: [] for letter in LETTERS}
     for piece, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
@@ -110,7 +115,7 @@ def make_model(folder: Path, knows_letters: bool = True) -> Path:
         if not knows_letters:
             words = embedding[len(SPECIAL) :]
             words.copy_(words[torch.randperm(len(words))])
-    with experiment.quiet_transformers():
+    with lab.process.quiet_transformers():
         model.save_pretrained(folder)
     return folder
 
@@ -134,7 +139,7 @@ SMALL = {  # any scale, shrunk to a few batches of a tiny model
 }
 
 
-def tiny_scale(folder: Path, **changes) -> experiment.Scale:
+def tiny_scale(folder: Path, **changes) -> lab.scales.Scale:
     """The laptop scale, shrunk."""
     small = SMALL | {
         "name": "tiny",
@@ -145,7 +150,7 @@ def tiny_scale(folder: Path, **changes) -> experiment.Scale:
         "tasks": ("sentiment", "news"),
         "absorption_words": None,
     }
-    return replace(experiment.SCALES["laptop"], **small | changes)
+    return replace(lab.scales.SCALES["laptop"], **small | changes)
 
 
 # The real script's main() with the scale given as JSON put among its SCALES.  SAE-Bench's
@@ -157,8 +162,9 @@ from unittest import mock
 
 sys.path.insert(0, {root!r})
 import experiment
+import lab.evaluation
 
-evaluate_absorption = experiment.evaluate_absorption
+evaluate_absorption = lab.absorption.evaluate_absorption
 
 def with_few_k(*args):
     from sae_bench.evals.absorption import eval_config, main  # main, before its config is replaced
@@ -167,10 +173,10 @@ def with_few_k(*args):
         return evaluate_absorption(*args)
 
 if {few_k!r}:
-    experiment.evaluate_absorption = with_few_k
+    lab.evaluation.evaluate_absorption = with_few_k
 lists = json.loads({scale!r})
 values = {{k: tuple(v) if isinstance(v, list) else v for k, v in lists.items()}}
-experiment.SCALES[values["name"]] = experiment.Scale(**values)
+lab.scales.SCALES[values["name"]] = lab.scales.Scale(**values)
 {patch}
 sys.exit(experiment.main(sys.argv[1:]))
 """
@@ -178,7 +184,7 @@ sys.exit(experiment.main(sys.argv[1:]))
 
 def start_script(
     *arguments: str,
-    scale: experiment.Scale,
+    scale: lab.scales.Scale,
     cache: Path,
     cwd: Path,
     patch: str = "",
@@ -219,12 +225,12 @@ def run_script(*arguments: str, **how) -> subprocess.CompletedProcess:
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[experiment.Signals]:
+def signals() -> Iterator[lab.process.Signals]:
     """Signals(), as main() has it; what handled signals before does so again afterwards."""
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
     try:
-        yield experiment.Signals()
+        yield lab.process.Signals()
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
@@ -243,7 +249,7 @@ class Numbers:
 def tree(folder: Path) -> dict[str, tuple[str, int]]:
     """Every file below a folder but locks: {relative path: (SHA-256, modification time in ns)}."""
     return {
-        str(path.relative_to(folder)): (experiment.file_sha256(path), path.stat().st_mtime_ns)
+        str(path.relative_to(folder)): (lab.storage.file_sha256(path), path.stat().st_mtime_ns)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.suffix != ".lock" and path.name != ".lock"
     }

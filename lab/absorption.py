@@ -1,0 +1,76 @@
+"""SAE-Bench's absorption of saved SAEs, and the first-letter probes that it needs."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from lab.bench import evaluation_key, sae_bench, seed_everything
+from lab.language_model import LanguageModel
+from lab.process import say
+from lab.saved_sae import load_sae
+from lab.scales import Scale
+from lab.storage import cached
+
+
+def first_letter_probes(scale: Scale, lm: LanguageModel, layer: int) -> Path:
+    """SAE-Bench's first-letter probes of one layer, trained once; probe.safetensors is ours."""
+
+    def build(folder: Path) -> None:
+        from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
+        from sklearn.metrics import f1_score
+
+        config = AbsorptionEvalConfig(model_name=lm.name)
+        say(f"training SAE-Bench's first-letter probes at layer {layer} (once)")
+        with sae_bench(scale, lm) as bench:
+            seed_everything(scale.evaluation_seed, "first-letter probes", layer)
+            where = {
+                "base_template": config.prompt_template,
+                "pos_idx": config.prompt_token_pos,
+                "layer": layer,
+                "probes_dir": folder,
+                "device": str(lm.device),
+            }
+            probe = bench.common.load_or_train_probe(bench.model, **where)
+            parts = {}
+            for split in ("train", "test"):
+                X, words = bench.common.load_probe_data_split_or_train(
+                    bench.model, **where | {"device": "cpu"}, split=split
+                )
+                parts[split] = X.float(), torch.tensor([letter for _, letter in words])
+        weight, bias = (p.detach().float().cpu() for p in (probe.weights, probe.biases))
+        X, y = parts["test"]
+        found = X @ weight.T + bias > 0
+        f1 = [f1_score(y == i, found[:, i], zero_division=0) for i in range(26)]
+        tensors = {"weight": weight, "bias": bias, "f1": torch.tensor(f1)}
+        tensors |= {"X": parts["train"][0].contiguous(), "y": parts["train"][1]}
+        save_file(tensors, folder / "probe.safetensors")
+
+    key = {**evaluation_key(scale, lm), "layer": layer, "words": scale.absorption_words}
+    return cached("first-letter-probes", key, build)
+
+
+def absorption_config(scale: Scale, lm: LanguageModel):
+    from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
+
+    return AbsorptionEvalConfig(
+        model_name=lm.name,
+        random_seed=scale.evaluation_seed,
+        llm_batch_size=scale.lm_batch,
+        llm_dtype=scale.evaluation_dtype,
+        precalc_k_sparse_probe_sae_acts=True,  # else the words are encoded 260 times
+        eval_k_sparse_probe_batch_size=1024,
+    )
+
+
+def evaluate_absorption(
+    scale: Scale, lm: LanguageModel, layer: int, saved: dict[str, Path], folder: Path
+) -> list[dict | None]:
+    """SAE-Bench absorption of the saved SAEs; None where the model knows too few letters for it."""
+    probes, config = first_letter_probes(scale, lm, layer), absorption_config(scale, lm)
+    saes = [(name, load_sae(path).to(lm.device)) for name, path in saved.items()]
+    with sae_bench(scale, lm, folder, probes) as bench:
+        found = bench.absorption.run_eval(
+            config, saes, str(lm.device), str(bench.folder), force_rerun=True
+        )
+    return [found.get(f"{name}_custom_sae") for name, _ in saes]

