@@ -1,7 +1,7 @@
 """Do sparse autoencoders get better when their encoder starts as cosine similarity?
 
 Trains sparse autoencoders (SAEs) on a language model's residual stream, several seeds at once, and
-scores them with SAE-Bench.  A run is a row of the table RUNS; the machine picks the row of SCALES.
+scores them with SAE-Bench.  A run is a row of the table RUNS; the machine picks the scale.
 
     python experiment.py --out_dir=run_1    # train and evaluate one run: there is no other argument
     python plot.py                          # compare all runs found in the current folder
@@ -19,47 +19,36 @@ A token's activation x is seen through a blend of two scores, alpha moving it fr
 
 Since x_c . w_i = r ||w_i|| c_i, alpha only decides how much of a token's norm reaches its latents.
 
+This file is the experiment: edit it.  What must be the same for every run stands in lab/: the
+model, the text, the scores, the files.  Whatever an SAE uses belongs to it as a parameter, a buffer
+or a setting of its run: optimiser, average, checkpoint, saving and loading follow by themselves,
+and after training every saved SAE is loaded afresh and must compute what was trained.
+
 Shape letters: S seeds, B tokens of a batch, N tokens or words, L positions, D d_in, F d_sae latents
 """
 
-import argparse
-import contextlib
-import hashlib
 import math
-import os
-import platform
-import shutil
-import signal
-import socket
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 
+from lab import saved_sae
 from lab.absorption import first_letter_probes
-from lab.activations import (
-    Calibration,
-    Position,
-    calibrate,
-    residual_blocks,
-    shuffled_batches,
-    without_outliers,
-)
-from lab.checkpoints import Checkpoints, TrainingLog
-from lab.evaluation import evaluate
-from lab.folders import WRITTEN, check_folder, written_files
+from lab.activations import ActivationStream, Calibration
+from lab.checkpoints import Checkpoints, Keeper, TrainingLog
+from lab.evaluation import check_all, evaluate
+from lab.folders import begin, chosen_run, finish, is_finished
+from lab.identity import experiment_fingerprint
 from lab.language_model import LanguageModel, load_language_model
 from lab.online_absorption import OnlineAbsorption, online_absorption
 from lab.preflight import preflight
 from lab.process import (
     Clock,
-    ExperimentError,
     Interrupted,
     Ranks,
     Signals,
@@ -67,61 +56,40 @@ from lab.process import (
     progress_bar,
     require,
     say,
-    seed_for,
+    told,
     training_device,
 )
 from lab.results import print_summary
 from lab.saved_sae import save_saes
-from lab.scales import Scale, choose_scale
-from lab.storage import file_sha256, json_text, versions, write_atomically
-from lab.text import Lane, ahead, heldout_contexts, text_blocks
+from lab.scales import Scale, choose_scale, refuse_bad_numbers
+from lab.seeds import generators, seed_everything, seed_for, set_generators
+from lab.state import Packing, put_back
+from lab.text import heldout_contexts
+from lab.work import Work, training_identity
 
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Scales and runs: EDIT HERE.  A new idea is a new row of RUNS.                                  │
+# │ Runs and recipes: EDIT HERE.  A new idea is a new row of RUNS.                                 │
 # └────────────────────────────────────────────────────────────────────────────────────────────────┘
-
-
-PACKAGES = ("torch", "transformers", "datasets", "sae-lens", "sae-bench", "sae-probes", "numpy")
-
-
-# "adaptive" walks the linear schedule at a pace set by measured absorption; "learned" has no alpha.
-SCHEDULES = ("linear", "fixed", "fast", "cosine", "exponential", "adaptive", "learned")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One row of the plan: what a run tries."""
+    """One row of the plan: what a run tries.  As it stands: the method."""
 
     title: str
-    schedule: str = "linear"  # how alpha moves from start to end: one of SCHEDULES
+    schedule: str = "linear"  # how alpha moves from start to end: a row of ALPHA_SCHEDULES
     alpha_start: float = 0.1  # 0 is cosine only
     alpha_end: float = 0.9  # 1 is the ordinary linear encoder
     ema: bool = True  # evaluate and save the moving average of the weights instead of the weights
     readout_alphas: tuple[float, ...] = ()  # also probe with alpha swapped to these at read time
 
     def __post_init__(self):
-        require(
-            self.schedule in SCHEDULES,
-            f"RUNS: schedule={self.schedule!r} is not one of {', '.join(SCHEDULES)}",
-        )
-        for name in ("alpha_start", "alpha_end"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"RUNS: {name}={value} must lie in [0, 1]")
+        for alpha in (self.alpha_start, self.alpha_end, *self.readout_alphas):
+            require(0 <= alpha <= 1, f"RUNS: {self.title!r}: alpha={alpha} must lie in [0, 1]")
         require(
             self.schedule != "learned" or self.alpha_start == self.alpha_end == 0,
             "RUNS: a learned blend is a learned cosine gain, so it needs alpha_start=alpha_end=0",
         )
-        require(
-            all(0 <= alpha <= 1 for alpha in self.readout_alphas),
-            f"RUNS: readout_alphas={self.readout_alphas} must lie in [0, 1]",
-        )
-
-
-METHOD = Run("the method: alpha 0.1 -> 0.9 linearly, EMA on")
-
-
-def variant(title: str, **changes) -> Run:
-    return replace(METHOD, title=title, **changes)
 
 
 def constant(alpha: float) -> dict:
@@ -129,25 +97,50 @@ def constant(alpha: float) -> dict:
 
 
 RUNS: dict[str, Run] = {
-    "run_1": replace(METHOD, readout_alphas=(0.0, 1.0)),
-    "run_2": variant("alpha and L0 target paced by measured absorption", schedule="adaptive"),
-    "run_3": variant("ablation: alpha fixed at 0.5", **constant(0.5)),
-    "run_4": variant("ablation: alpha 0.1 -> 0.9 in half the time, then held", schedule="fast"),
-    "run_5": variant("ablation: cosine annealing of alpha, 0.1 -> 0.9", schedule="cosine"),
-    "run_6": variant("ablation: exponential approach of alpha, 0.1 -> 0.9", schedule="exponential"),
-    "run_7": variant(
+    "run_1": Run("the method: alpha 0.1 -> 0.9 linearly, EMA on", readout_alphas=(0.0, 1.0)),
+    "run_2": Run("alpha and L0 target paced by measured absorption", schedule="adaptive"),
+    "run_3": Run("ablation: alpha fixed at 0.5", **constant(0.5)),
+    "run_4": Run("ablation: alpha 0.1 -> 0.9 in half the time, then held", schedule="fast"),
+    "run_5": Run("ablation: cosine annealing of alpha, 0.1 -> 0.9", schedule="cosine"),
+    "run_6": Run("ablation: exponential approach of alpha, 0.1 -> 0.9", schedule="exponential"),
+    "run_7": Run(
         "control: the vanilla ReLU SAE (alpha = 1, no EMA)",
         **constant(1.0),
         ema=False,
         readout_alphas=(0.0, 1.0),
     ),
-    "run_8": variant("predecessor: cosine only (alpha = 0, no EMA)", **constant(0.0), ema=False),
-    "run_9": variant("ablation: run_1 without the EMA", ema=False),
-    "run_10": variant(
+    "run_8": Run("predecessor: cosine only (alpha = 0, no EMA)", **constant(0.0), ema=False),
+    "run_9": Run("ablation: run_1 without the EMA", ema=False),
+    "run_10": Run(
         "prior art: the learned blend of arXiv 2606.15054",
         **constant(0.0) | {"schedule": "learned"},
         ema=False,
     ),
+}
+CONTROL = "run_7"  # what every other run is compared with
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How SAEs are trained: the same for all runs of a scale, tuned on the control (notes.txt)."""
+
+    learning_rate: float = 4e-3
+    warmup_steps: int = 50
+    decay_fraction: float = 0.2  # last part of training, learning rate falling linearly to 0
+    gate_init: float = 0.2  # one constant for every latent of every arm
+    initial_l0_fraction: float = 0.5  # of the latents: what fires at initialisation
+    tightening_fraction: float = 0.3  # first part of training: L0 falls from there to target_l0
+    initial_lambda: float = 0.04
+    ema_horizon_fraction: float = 0.01  # of the steps; decay = alpha ** (1 / horizon)
+
+    def __post_init__(self):
+        refuse_bad_numbers("RECIPES", self, may_be_zero=("warmup_steps", "decay_fraction"))
+
+
+RECIPES: dict[str, Recipe] = {
+    "laptop": Recipe(),
+    "pythia-70m": Recipe(),
+    "gemma-2-2b": Recipe(learning_rate=3e-4, warmup_steps=1000),
 }
 
 
@@ -198,10 +191,34 @@ def alpha_at(run: Run, progress: float) -> float:
     return run.alpha_start + way * (run.alpha_end - run.alpha_start)
 
 
-def l0_target_at(scale: Scale, progress: float) -> float:
-    """The sparsity constraint: geometric, initial_l0 to target_l0 in tightening_fraction."""
-    way = min(1.0, progress / scale.tightening_fraction)
-    return scale.initial_l0 * (scale.target_l0 / scale.initial_l0) ** way
+def check_schedule(run: Run, points: int = 1001) -> None:
+    """Raises ExperimentError if alpha would leave [0, 1] anywhere on the way."""
+    require(
+        run.schedule in ALPHA_SCHEDULES,
+        f"RUNS: schedule={run.schedule!r} is not one of {', '.join(ALPHA_SCHEDULES)}",
+    )
+    for i in range(points):
+        alpha = alpha_at(run, i / (points - 1))
+        require(
+            0 <= alpha <= 1,
+            f"ALPHA_SCHEDULES[{run.schedule!r}] gives alpha = {alpha:.4g} at progress "
+            f"{i / (points - 1):g}: it must map [0, 1] into [0, 1], and alpha with it",
+        )
+
+
+def l0_target_at(scale: Scale, recipe: Recipe, progress: float) -> float:
+    """The sparsity constraint: geometric, from the initial L0 to the scale's target_l0."""
+    initial_l0 = recipe.initial_l0_fraction * scale.d_sae
+    way = min(1.0, progress / recipe.tightening_fraction)
+    return initial_l0 * (scale.target_l0 / initial_l0) ** way
+
+
+def learning_rate_factor(scale: Scale, recipe: Recipe, step: int) -> float:
+    """Linear warm-up, constant, and a linear fall that reaches 0 just after the last step: what the
+    rate of every group of the optimiser is multiplied by."""
+    warm = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
+    left = (scale.total_steps - step) / max(1.0, recipe.decay_fraction * scale.total_steps)
+    return min(warm, left)
 
 
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -242,6 +259,15 @@ class BlendedScores(torch.autograd.Function):
         return None, d_W, d_shift, d_token, d_linear, d_cosine, d_b
 
 
+def gains(
+    W_enc: torch.Tensor, gate: torch.Tensor, alpha: float | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(linear, cosine) [S, 1, F]: a score x_c . w_i counts linear_i + k r^(e-1) cosine_i times."""
+    gate = gate[:, None, :]
+    unit = gate / W_enc.norm(dim=1, keepdim=True).clamp_min(1e-8)
+    return alpha * gate, (1 - alpha) * unit
+
+
 def pre_activations(
     x: torch.Tensor,
     b_dec: torch.Tensor,
@@ -269,16 +295,15 @@ def pre_activations(
         dtype: of the large operations; that of x, unless another is asked for.
     Returns: pre-activations [S, B, F], in the units of x.
     """
-    dtype, gate, b, at = dtype or x.dtype, gate[:, None, :], b_enc[:, None, :], b_dec[:, None, :]
+    dtype, b, at = dtype or x.dtype, b_enc[:, None, :], b_dec[:, None, :]
     move = at.detach() - at
     x_c = (x - at.detach()).to(dtype)
     if isinstance(alpha, float) and alpha == 1.0:
-        W = gate * W_enc
+        W = gate[:, None, :] * W_enc
         return torch.baddbmm((b + move @ W.detach()).to(dtype), x_c, W.to(dtype))
     r = (x_c.to(W_enc.dtype) + move).norm(dim=-1, keepdim=True).clamp_min(1e-8)
     token = k * r ** (exponent - 1)
-    unit = gate / W_enc.norm(dim=1, keepdim=True).clamp_min(1e-8)
-    parts = W_enc, move @ W_enc.detach(), token, alpha * gate, (1 - alpha) * unit, b
+    parts = W_enc, move @ W_enc.detach(), token, *gains(W_enc, gate, alpha), b
     return BlendedScores.apply(x_c, *(part.to(dtype) for part in parts))
 
 
@@ -301,40 +326,48 @@ class BlendedSAE(torch.nn.Module):
 
     W_enc [S, D, F]  W_dec [S, F, D]  b_enc, gate [S, F]  b_dec [S, D]  log_k, exponent [S, 1, 1]
 
+    Every parameter has the seeds first (a buffer that has not belongs to all of them).  A saved SAE
+    is one of these with a single seed, built from the same run and recipe.
+
     k = 1 and e = 0, except in the learned blend ("Size Doesn't Matter: Cosine-Scored SAEs",
     arXiv 2606.15054), where both are learned, the gate stays 1 and W_enc keeps unit columns.
     """
 
     def __init__(
         self,
-        seeds: Iterable[int],
+        run: Run,
+        recipe: Recipe,
         d_in: int,
         d_sae: int,
-        gate_init: float,
-        b_dec: torch.Tensor,
-        learned: bool = False,
+        seeds: Iterable[int] = (0,),
+        b_dec: torch.Tensor | None = None,
         mean_norm: float = 1.0,
     ):
+        """`b_dec` [D], training units: where to start; `mean_norm`: E||x - b_dec||."""
         super().__init__()
         rows = [
             torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
             for seed in seeds
         ]
         W_dec = torch.nn.functional.normalize(torch.stack(rows), dim=-1)
-        S, param = len(rows), torch.nn.Parameter
+        S, param, learned = len(rows), torch.nn.Parameter, run.schedule == "learned"
+        start = torch.zeros(d_in) if b_dec is None else b_dec.float()
         self.W_dec = param(W_dec)
         self.W_enc = param(W_dec.transpose(1, 2).contiguous())
         self.b_enc = param(torch.zeros(S, d_sae))
-        self.b_dec = param(b_dec.float().expand(S, d_in).clone())
-        self.gate = param(torch.full((S, d_sae), 1.0 if learned else gate_init), not learned)
+        self.b_dec = param(start.expand(S, d_in).clone())
+        self.gate = param(torch.full((S, d_sae), 1.0 if learned else recipe.gate_init), not learned)
         self.log_k = param(torch.full((S, 1, 1), math.log(mean_norm) if learned else 0.0), learned)
         self.exponent = param(torch.zeros(S, 1, 1), learned)
         self.learned = learned
 
-    def encode(
-        self, x: torch.Tensor, alpha: float | torch.Tensor, dtype: torch.dtype
-    ) -> torch.Tensor:
-        """Latents [S, B, F] of activations x [B, D] in training units."""
+    def encode(self, x: torch.Tensor, alphas: list[float], dtype: torch.dtype) -> torch.Tensor:
+        """Latents [S, B, F] of activations x [B, D] in training units, at an alpha for each seed;
+        of a single seed at any number of alphas.  `dtype` is that of the large operations."""
+        if all(alpha == 1.0 for alpha in alphas):
+            alpha = 1.0
+        else:
+            alpha = torch.tensor(alphas, device=x.device)[:, None, None]
         k, exponent = (self.log_k.exp(), self.exponent) if self.learned else (1.0, 0.0)
         weights = self.b_dec, self.W_enc, self.gate, self.b_enc
         return pre_activations(x, *weights, alpha, k, exponent, dtype).relu()
@@ -343,15 +376,22 @@ class BlendedSAE(torch.nn.Module):
         """Reconstructions [S, B, D] in float32 from latents [S, B, F]."""
         return torch.bmm(f, self.W_dec.to(f.dtype)).float() + self.b_dec[:, None, :]
 
+    def linear_encoder(self, alphas: list[float]) -> torch.Tensor:
+        """W_enc [S, D, F] of the linear encoder that this one is where r = 1 (at alpha = 1, all
+        over): what a saved SAE shows as its W_enc."""
+        alpha = torch.tensor(alphas, device=self.W_enc.device)[:, None, None]
+        linear, cosine = gains(self.W_enc, self.gate, alpha)
+        return self.W_enc * (linear + self.log_k.exp() * cosine)
+
     def forward(
         self,
         x: torch.Tensor,
-        alpha: float | torch.Tensor,
+        alphas: list[float],
         lambda_S: torch.Tensor,
         dtype: torch.dtype = torch.float32,
     ) -> Forward:
         """Loss and its parts on a batch x [B, D]; `dtype` is the dtype of the large matmuls."""
-        f = self.encode(x, alpha, dtype)
+        f = self.encode(x, alphas, dtype)
         mse_S = (x - self.decode(f)).square().sum(-1).mean(-1)
         # Sums in the dtype of f: they accumulate in float32 and only round at the end (counts up to
         # 256 stay exact); asking for a float32 result costs 20 times as much on a CPU.
@@ -374,36 +414,15 @@ class BlendedSAE(torch.nn.Module):
         if self.learned:
             self.W_enc.div_(self.W_enc.norm(dim=1, keepdim=True).clamp_min(1e-8))
 
-    @torch.no_grad()
-    def export(self, seed_index: int, scale: float, alpha: float) -> tuple[dict, dict]:
-        """One seed's SAE for raw residual-stream activations: weights and blend.
-
-        Training saw x = scale * residual.  Dividing z by scale gives latents in residual-stream
-        units: SAE-Bench's absorption is only meaningful there, with unit decoder rows.  Rows that
-        are not unit (an average of unit rows is shorter) hand their norm to gate and bias, which
-        leaves the reconstruction unchanged because ReLU is positively homogeneous.
-        """
-        i = seed_index
-        norm_F = self.W_dec[i].norm(dim=-1).clamp_min(1e-8)
-        weights = {
-            "W_enc": self.W_enc[i],
-            "W_dec": self.W_dec[i] / norm_F[:, None],
-            "gate": self.gate[i] * norm_F,
-            "b_enc": self.b_enc[i] * norm_F / scale,
-            "b_dec": self.b_dec[i] / scale,
-        }
-        exponent = self.exponent[i].item()
-        blend = {
-            "alpha": alpha,
-            "cosine_scale": self.log_k[i].exp().item() * scale ** (exponent - 1),
-            "norm_exponent": exponent,
-        }
-        return {name: w.detach().cpu().contiguous().clone() for name, w in weights.items()}, blend
-
 
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ EMA and constraint                                                                             │
 # └────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+def ema_horizon(scale: Scale, recipe: Recipe) -> float:
+    """In steps."""
+    return max(1.0, recipe.ema_horizon_fraction * scale.total_steps)
 
 
 def ema_decay_at(alpha: float | torch.Tensor, horizon: float) -> float | torch.Tensor:
@@ -434,7 +453,7 @@ class WeightAverage:
         for average, p in zip(self.average, self.parameters, strict=True):
             average.lerp_(p, (1 / self.mass_S).view(-1, *[1] * (p.dim() - 1)))
 
-    @contextlib.contextmanager
+    @contextmanager
     def applied(self) -> Iterator[None]:
         """The parameters hold the average inside the `with`, and their own values after it."""
         own = [p.detach().clone() for p in self.parameters]
@@ -495,47 +514,38 @@ def paced_progress(done: float, rate: float, progress: float, elapsed: float) ->
 
 
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Language model and text                                                                        │
-# └────────────────────────────────────────────────────────────────────────────────────────────────┘
-
-
-# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Activations                                                                                    │
-# └────────────────────────────────────────────────────────────────────────────────────────────────┘
-
-
-# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Training                                                                                       │
 # └────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 
-def learning_rate_at(scale: Scale, step: int) -> float:
-    """Linear warm-up, constant, and a linear fall that reaches 0 just after the last step."""
-    warm = min(1.0, (step + 1) / max(1, scale.warmup_steps))
-    left = (scale.total_steps - step) / max(1.0, scale.decay_fraction * scale.total_steps)
-    return scale.learning_rate * min(warm, left)
-
-
 class Trainer:
-    """The SAEs of one layer, all seeds at once, with everything that changes from step to step."""
+    """The SAEs of one layer, all seeds at once, with everything that changes from step to step.
 
-    def __init__(self, scale: Scale, run: Run, layer: int, units: Calibration, ranks: Ranks):
-        self.scale, self.run, self.layer, self.units, self.ranks = scale, run, layer, units, ranks
+    A checkpoint finds all of it by itself: what could not be put back is refused by name.
+    """
+
+    def __init__(
+        self, scale: Scale, recipe: Recipe, run: Run, layer: int, units: Calibration, ranks: Ranks
+    ):
+        self.scale, self.recipe, self.run, self.layer = scale, recipe, run, layer
+        self.units, self.ranks = units, ranks
         self.device, self.dtype = training_device(), getattr(torch, scale.training_dtype)
         S = scale.n_seeds
-        self.sae = BlendedSAE(
-            seeds=[seed_for("init", scale.name, layer, seed) for seed in range(S)],
-            d_in=len(units.b_dec),
-            d_sae=scale.d_sae,
-            gate_init=scale.gate_init,
-            b_dec=units.b_dec.cpu(),
-            learned=run.schedule == "learned",
-            mean_norm=units.mean_norm,
-        ).to(self.device)
+        seeds = [seed_for("init", scale.name, layer, seed) for seed in range(S)]
+        start = {"b_dec": units.b_dec.cpu(), "mean_norm": units.mean_norm}
+        sae = BlendedSAE(run, recipe, len(units.b_dec), scale.d_sae, seeds, **start)
+        for parameter, p in sae.named_parameters():
+            shape = tuple(p.shape)
+            require(
+                shape[:1] == (S,),
+                f"BlendedSAE.{parameter} has shape {shape}: its first dimension must be that of the "
+                f"{S} seeds, which are trained side by side and never mix",
+            )
+        self.sae = sae.to(self.device)
         trained = [p for p in self.sae.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=scale.learning_rate, fused=True)
+        self.optimizer = torch.optim.Adam(trained, lr=recipe.learning_rate, fused=True)
         self.average = WeightAverage(self.sae.parameters()) if run.ema else None
-        self.lambda_S = torch.full((S,), scale.initial_lambda, device=self.device)
+        self.lambda_S = torch.full((S,), recipe.initial_lambda, device=self.device)
         self.smoothed_l0_S = torch.full((S,), math.nan, device=self.device)  # not measured yet
         self.l0_ratio_S = torch.ones(S, device=self.device)  # of the average's L0 to the weights'
         self.idle_steps_SF = torch.zeros(S, scale.d_sae, dtype=torch.int32, device=self.device)
@@ -550,24 +560,27 @@ class Trainer:
         progress = step / max(1, self.scale.total_steps - 1)
         adaptive = self.run.schedule == "adaptive"
         ways = self.paced if adaptive else [progress] * self.scale.n_seeds
-        return [alpha_at(self.run, w) for w in ways], [l0_target_at(self.scale, w) for w in ways]
+        targets = [l0_target_at(self.scale, self.recipe, way) for way in ways]
+        return [alpha_at(self.run, way) for way in ways], targets
 
-    def alpha_for(self, alphas: list[float]) -> float | torch.Tensor:
-        """A float 1 where the run is linear throughout: the cosine is not computed then."""
-        if self.run.alpha_start == self.run.alpha_end == 1.0:
-            return 1.0
-        return torch.tensor(alphas, device=self.device)[:, None, None]
+    def final_alphas(self) -> list[float]:
+        """The blend that is evaluated, of each seed."""
+        return self.schedule_at(self.scale.total_steps - 1)[0]
+
+    def averaged(self) -> AbstractContextManager:
+        """Inside the `with` the SAEs hold the weights that are evaluated: the average's, if any."""
+        return self.average.applied() if self.average else nullcontext()
 
     def step(self, x: torch.Tensor) -> dict:
         """One optimiser step on a batch of residuals [B, D]; returns the record to log."""
         step, sae = self.steps_done, self.sae
         alphas, targets = self.schedule_at(step)
-        rate = learning_rate_at(self.scale, step)
+        factor = learning_rate_factor(self.scale, self.recipe, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
-        x, alpha = x.to(self.device).float() * self.units.scale, self.alpha_for(alphas)
-        forward = sae(x, alpha, self.lambda_S, self.dtype)
+        x = x.to(self.device).float() * self.units.scale
+        forward = sae(x, alphas, self.lambda_S, self.dtype)
         self.optimizer.zero_grad()
         forward.loss_S.sum().backward()
         self.ranks.average_(*(p.grad for p in sae.parameters() if p.grad is not None))
@@ -579,7 +592,8 @@ class Trainer:
         sae.project_decoder_gradient_()
         self.optimizer.step()
         sae.normalize_()
-        decays = [ema_decay_at(a, self.scale.ema_horizon) for a in alphas]
+        horizon = ema_horizon(self.scale, self.recipe)
+        decays = [ema_decay_at(a, horizon) for a in alphas]
         if self.average:
             self.average.update_(torch.tensor(decays, device=self.device))
 
@@ -587,7 +601,7 @@ class Trainer:
         record = {
             "layer": self.layer,
             "step": step,
-            "learning_rate": rate,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
             "alpha": alphas,
             "ema_decay": decays if self.average else None,
             "l0_target": targets,
@@ -596,7 +610,7 @@ class Trainer:
             "mse": mse_S,
             "l1": l1_S,
             "l0": l0_S,
-            "l0_average": self.measure_average(x, alpha, l0_S) if measure else None,
+            "l0_average": self.measure_average(x, alphas, l0_S) if measure else None,
             "grad_norm": grad_norm_S,
             "dead": self.dead_fraction(forward.fired_SF),
             **self.measure_absorption(step, alphas, measure),
@@ -624,7 +638,7 @@ class Trainer:
 
     @torch.no_grad()
     def measure_average(
-        self, x: torch.Tensor, alpha: float | torch.Tensor, l0_S: torch.Tensor
+        self, x: torch.Tensor, alphas: list[float], l0_S: torch.Tensor
     ) -> torch.Tensor | None:
         """L0 of the averaged weights on a batch [S]: they are what is evaluated, and they fire more
         latents than the weights of the moment, so theirs is the L0 to hold at the target.
@@ -636,7 +650,7 @@ class Trainer:
             return None
         names = [name for name, _ in self.sae.named_parameters()]
         averages = dict(zip(names, self.average.average, strict=True))
-        inputs = (x, alpha, self.lambda_S, self.dtype)
+        inputs = (x, alphas, self.lambda_S, self.dtype)
         average_S = torch.func.functional_call(self.sae, averages, inputs).l0_S
         self.ranks.average_(average_S)
         self.l0_ratio_S = (average_S / l0_S.clamp_min(1e-3)).clamp_min(1.0)
@@ -661,207 +675,82 @@ class Trainer:
                 for done, rate in zip(self.paced, self.rate, strict=True)
             ]
         if self.online is None or not measure:
-            return {"online_absorption": None, "online_full_absorption": None, "pace": None}
-        found = self.online.measure(self.sae, self.alpha_for(alphas), self.units.scale, self.dtype)
+            nothing = ("online_absorption_fraction", "online_absorption_full", "pace")
+            return dict.fromkeys(nothing)
+        found = self.online.measure(self.sae, alphas, self.units.scale, self.dtype)
         # One process measures for all: the pace must not come to depend on rounding.
         fractions, full = self.ranks.first([list(score) for score in zip(*found, strict=True)])
         for s, fraction in enumerate(fractions):
             self.best_absorption[s] = recent_best(self.best_absorption[s], fraction)
             self.rate[s] = adaptive_rate(fraction, self.best_absorption[s], self.rate[s])
         return {
-            "online_absorption": fractions,
-            "online_full_absorption": full,
+            "online_absorption_fraction": fractions,
+            "online_absorption_full": full,
             "pace": list(self.rate) if self.run.schedule == "adaptive" else None,
         }
 
-    def export(self, seed: int, averaged: bool) -> tuple[dict, dict]:
-        """Weights and blend of one seed in residual-stream units; the average's, where asked."""
-        alpha = self.schedule_at(self.scale.total_steps - 1)[0][seed]
-        use = self.average.applied() if averaged and self.average else contextlib.nullcontext()
-        with use:
-            return self.sae.export(seed, self.units.scale, alpha)
 
-    def state(self) -> tuple[dict[str, torch.Tensor], dict]:
-        """Everything that decides what the next steps do: tensors, and numbers for JSON."""
-        tensors = {f"sae.{name}": p for name, p in self.sae.state_dict().items()}
-        for i, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{i}.{name}": value for name, value in moments.items()}
-        if self.average:
-            tensors |= {f"average.{i}": a for i, a in enumerate(self.average.average)}
-            tensors["average_mass"] = self.average.mass_S
-        tensors |= {name: getattr(self, name) for name in self._tensors}
-        tensors["b_dec"] = self.units.b_dec
-        numbers = {name: getattr(self, name) for name in self._numbers}
-        return tensors, numbers | {"units": self.units._replace(b_dec=None)._asdict()}
+def train(scale: Scale, trainers: list[Trainer], stream: ActivationStream, keeper: Keeper) -> None:
+    """Step to the end of the budget.  Raises Interrupted, with a checkpoint written, when asked to
+    stop; ExperimentError if a loss is not finite or the text is too short."""
+    done = begun_at = trainers[0].steps_done
 
-    _tensors = ("lambda_S", "smoothed_l0_S", "l0_ratio_S", "idle_steps_SF")
-    _numbers = ("paced", "rate", "best_absorption", "steps_done")
+    def state() -> tuple[dict, dict]:
+        whole = {"units": [trainer.units for trainer in trainers]}
+        packed = Packing(whole | {"trainers": trainers, "generators": generators()}, "training")
+        return packed.tensors, {"step": done, "stream": stream.state(), "packed": packed.json}
 
-    @classmethod
-    def restored(
-        cls, scale: Scale, run: Run, layer: int, ranks: Ranks, tensors: dict, numbers: dict
-    ) -> "Trainer":
-        """The trainer whose state() this was."""
-        units = Calibration(**numbers["units"] | {"b_dec": tensors["b_dec"].to(training_device())})
-        new = cls(scale, run, layer, units, ranks)
-        for name, p in new.sae.state_dict().items():
-            p.copy_(tensors[f"sae.{name}"])
-        adam = new.optimizer.state_dict()
-        steps_done = numbers["steps_done"]  # at 0 the optimiser has nothing yet
-        for i in adam["param_groups"][0]["params"] if steps_done else ():
-            moments = ("step", "exp_avg", "exp_avg_sq")
-            adam["state"][i] = {name: tensors[f"adam.{i}.{name}"] for name in moments}
-        new.optimizer.load_state_dict(adam)
-        if new.average:
-            for i, average in enumerate(new.average.average):
-                average.copy_(tensors[f"average.{i}"])
-            new.average.mass_S = tensors["average_mass"].to(new.device)
-        for name in cls._tensors:
-            setattr(new, name, tensors[name].to(new.device))
-        for name in cls._numbers:
-            setattr(new, name, numbers[name])
-        return new
+    batches = stream.batches([trainer.units for trainer in trainers])
+    batches = progress_bar(batches, scale.total_steps, "training step", done)
+    try:
+        while done < scale.total_steps:
+            position, batch = next(batches)
+            with keeper.signals.kept():  # a step is made whole or not at all
+                records = [t.step(batch[:, i]) for i, t in enumerate(trainers)]
+                stream.position, done = position, done + 1
+                keeper.note(done, scale.batch_tokens, records)
+            if done == begun_at + 1:
+                state()  # refuses now, not in two minutes, what a checkpoint would lose
+            keeper.look(done, state)
+    except Interrupted:
+        keeper.checkpoint(done, state)
+        raise
+    stream.close()
+    if done > begun_at:
+        keeper.checkpoint(done, state)
 
 
-class Training:
-    """All layers' trainers and their place in the text: one pass of the language model feeds all.
-
-    Begun anew, or taken up where a checkpoint left it.
-    """
-
-    def __init__(
-        self,
-        scale: Scale,
-        run: Run,
-        lm: LanguageModel,
-        first_document: int,
-        ranks: Ranks,
-        checkpoint: tuple[dict, dict] | None = None,
-    ):
-        self.scale, self.ranks = scale, ranks
-        mine = ranks.lanes(scale.lanes)
-        if checkpoint:
-            tensors, state = checkpoint
-            lanes = {i: Lane(**state["lanes"][str(i)]) for i in mine}
-            self.position = Position(state["block"], state["batch"], lanes)
-        else:
-            self.position = Position(0, 0, {i: Lane(first_document, []) for i in mine})
-        self.text = ahead(text_blocks(scale, lm, self.position.lanes))
-        self.blocks = residual_blocks(scale, lm, self.text)
-        self.trainers = []
-        if checkpoint:
-            for layer in scale.layers:
-                start = f"{layer}."
-                own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
-                numbers = state["layers"][str(layer)]
-                self.trainers.append(Trainer.restored(scale, run, layer, ranks, own, numbers))
-        else:
-            first = next(self.blocks, None)
-            require(
-                first is not None,
-                f"the text of scale {scale.name!r} is shorter than one block of "
-                f"{scale.block_contexts} contexts: add text or lower block_contexts",
-            )
-            self.blocks = chain([first], self.blocks)
-            for i, layer in enumerate(scale.layers):
-                units = calibrate(ranks.joined(first.rows[:, i]))
-                self.trainers.append(Trainer(scale, run, layer, units, ranks))
-        for trainer in self.trainers:
-            trainer.online = online_absorption(scale, lm, trainer.layer)
-
-    @property
-    def steps_done(self) -> int:
-        return self.trainers[0].steps_done
-
-    def state(self) -> tuple[dict[str, torch.Tensor], dict]:
-        """What __init__ takes as a checkpoint; of several processes all must call it."""
-        tensors, layers = {}, {}
-        for trainer in self.trainers:
-            own, layers[str(trainer.layer)] = trainer.state()
-            tensors |= {f"{trainer.layer}.{name}": t for name, t in own.items()}
-        block, batch, lanes = self.position
-        lanes = {i: lane for part in self.ranks.gathered(lanes) for i, lane in part.items()}
-        place = {
-            "step": self.steps_done,
-            "block": block,
-            "batch": batch,
-            "lanes": {i: asdict(lanes[i]) for i in lanes},
-        }
-        return tensors, place | {"layers": layers}
-
-    def train(
-        self, log: TrainingLog, checkpoints: Checkpoints, signals: Signals, flush_every: int = 10
-    ) -> None:
-        """Step to the end of the budget.  Raises Interrupted, with a checkpoint written, when asked
-        to stop; ExperimentError if a loss is not finite or the text is too short."""
-        scale, waiting, started = self.scale, [], time.monotonic()
-        begun_at = self.steps_done
-        units = [trainer.units for trainer in self.trainers]
-        blocks = (without_outliers(block, units) for block in self.blocks)
-        batches = shuffled_batches(scale, blocks, self.ranks, self.position)
-        batches = progress_bar(batches, scale.total_steps, "training step", self.steps_done)
-        signals.keep = self.ranks.world > 1
-        last_checkpoint = time.monotonic()
-
-        def flush() -> None:
-            # Numbers leave the device only here: reading one is a synchronisation point.
-            nonlocal waiting, started
-            steps = len(waiting) / len(self.trainers)
-            speed = steps * scale.batch_tokens / (time.monotonic() - started)
-            log([settled(record, speed) for record in waiting])
-            waiting, started = [], time.monotonic()
-
-        def checkpoint() -> None:
-            with signals.kept():
-                flush()
-                checkpoints.save(self.steps_done, *self.state(), log)
-
-        try:
-            while self.steps_done < scale.total_steps:
-                position, batch = next(batches, (None, None))
-                require(
-                    position is not None,
-                    f"the text of scale {scale.name!r} ended after {self.steps_done} of "
-                    f"{scale.total_steps} steps: lower training_tokens or add text",
-                )
-                with signals.kept():
-                    waiting += [t.step(batch[:, i]) for i, t in enumerate(self.trainers)]
-                    self.position = position
-                    if self.steps_done % flush_every == 0:
-                        flush()
-                if self.ranks.world > 1 and self.steps_done % flush_every:
-                    continue  # several processes agree on the next only now and then
-                due = time.monotonic() - last_checkpoint >= scale.checkpoint_seconds
-                wishes = self.ranks.gathered((signals.received or 0, due))
-                stop, due = (max(wish) for wish in zip(*wishes, strict=True))
-                if stop:
-                    raise Interrupted(stop)
-                if due:
-                    checkpoint()
-                    last_checkpoint = time.monotonic()
-        except Interrupted:
-            checkpoint()
-            raise
-        self.text.close()  # its thread must not tokenise while SAE-Bench does
-        if self.steps_done > begun_at:
-            checkpoint()
-        if signals.received:  # during the last step
-            raise Interrupted(signals.received)
-
-
-def settled(record: dict, tokens_per_second: float) -> dict:
-    """A record as plain numbers; raises if a loss is not finite."""
-    plain = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in record.items()}
-    for seed, loss in enumerate(plain["loss"]):
-        if not math.isfinite(loss):
-            parts = ", ".join(
-                f"{k}={plain[k][seed]:.4g}" for k in ("mse", "l1", "lambda", "grad_norm")
-            )
-            raise ExperimentError(
-                f"the loss is {loss} at step {plain['step']}, layer {plain['layer']}, seed {seed} "
-                f"({parts}): lower learning_rate or look at the activations; nothing was evaluated"
-            )
-    return plain | {"tokens_per_second": round(tokens_per_second)}
+def begun(
+    scale: Scale,
+    recipe: Recipe,
+    run: Run,
+    lm: LanguageModel,
+    first_document: int,
+    ranks: Ranks,
+    checkpoint: tuple[dict, dict] | None,
+) -> tuple[list[Trainer], ActivationStream]:
+    """The trainer of every layer and the stream that feeds them all with one pass of the language
+    model: anew, or as a checkpoint left them."""
+    tensors, held = checkpoint or ({}, {})
+    stream = ActivationStream(scale, lm, ranks, first_document, held.get("stream"))
+    if checkpoint:
+        parts = dict(held["packed"]["dict"])
+        nothing = [Calibration(1.0, torch.zeros(0), 1.0, 1.0, 0.0)] * len(scale.layers)
+        units = put_back(nothing, parts["units"], tensors)
+    else:
+        units = stream.calibrations()
+    trainers = [
+        Trainer(scale, recipe, run, layer, own, ranks)
+        for layer, own in zip(scale.layers, units, strict=True)
+    ]
+    if checkpoint:
+        put_back(trainers, parts["trainers"], tensors)
+        set_generators(put_back(None, parts["generators"], tensors))
+    else:
+        seed_everything("training", scale.name)  # whoever draws without a generator of their own
+    for trainer in trainers:
+        trainer.online = online_absorption(scale, lm, trainer.layer)
+    return trainers, stream
 
 
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -869,160 +758,95 @@ def settled(record: dict, tokens_per_second: float) -> dict:
 # └────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 
-def usage() -> str:
-    rows = [f"  {name:<7} {run.title}" for name, run in RUNS.items()]
-    return "\n".join(["the runs:", "  run_0   the given baseline (never re-run)", *rows])
+def build_sae(d_in: int, d_sae: int, run: dict, recipe: dict) -> BlendedSAE:
+    """The SAE of one seed that a saved one's settings describe."""
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in run.items()}
+    return BlendedSAE(Run(**values), Recipe(**recipe), d_in, d_sae)
 
 
-def chosen_run(arguments: list[str]) -> tuple[Path, str, Run]:
-    parser = argparse.ArgumentParser(
-        description="Train and evaluate one run.",
-        epilog=usage(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--out_dir", help="folder of the run; its last part names a row of RUNS")
-    out_dir = parser.parse_args(arguments).out_dir
+def register_with_sae_lens() -> type:
+    """From here on sae_lens.SAE.load_from_disk reads the SAEs that this code trained."""
+    return saved_sae.register(experiment_fingerprint(__file__), build_sae)
+
+
+def chosen_recipe(scale: Scale, run: Run) -> Recipe:
+    """Raises ExperimentError for a scale without one, and where run, recipe and scale disagree."""
+    require(scale.name in RECIPES, f"RECIPES has no row {scale.name!r}: add one for this scale")
+    recipe = RECIPES[scale.name]
+    initial = recipe.initial_l0_fraction * scale.d_sae
     require(
-        bool(out_dir), f"{usage()}\nerror: --out_dir is missing: say --out_dir=run_1, for example"
+        scale.target_l0 < initial,
+        f"target_l0={scale.target_l0:g} must be below what fires at initialisation, "
+        f"initial_l0_fraction x d_sae = {initial:g}",
     )
-    path = Path(out_dir)
-    name = Path(os.path.normpath(path)).name
-    require(
-        name != "run_0",
-        "run_0 holds the given baseline and is never re-run: choose another row, say run_1",
-    )
-    require(
-        name in RUNS,
-        f"{usage()}\nerror: {name!r} is not a row of RUNS: choose one of {', '.join(RUNS)}",
-    )
-    require(not path.exists() or path.is_dir(), f"--out_dir={out_dir} is a file: name a folder")
-    return path, name, RUNS[name]
+    check_schedule(run)
+    return recipe
 
 
-def execute(out_dir: Path, name: str, run: Run, scale: Scale, ranks: Ranks, signals: Signals):
-    identity = {"run_name": name, "run": asdict(run), "scale": asdict(scale)}
-    first = ranks.rank == 0
-    if ranks.first(check_folder(out_dir, identity) if first else None):
+def execute(out_dir: Path, name: str, scale: Scale, ranks: Ranks, signals: Signals) -> None:
+    """One run, from its row of RUNS to its final_info.json."""
+    clock, first, run = Clock(), ranks.rank == 0, RUNS[name]
+    recipe, experiment = chosen_recipe(scale, run), experiment_fingerprint(__file__)
+    settings = {"run": asdict(run), "recipe": asdict(recipe)}
+    identity = settings | {"run_name": name, "scale": asdict(scale), "experiment": experiment}
+    if ranks.first(is_finished(out_dir, identity) if first else None):
         say(f"{out_dir} is finished (final_info.json is there): nothing to do")
-        if first:  # it may have been killed in its last moment
-            shutil.rmtree(out_dir / "checkpoint", ignore_errors=True)
         return
-    clock = Clock()
-    if first:
-        preflight(scale, out_dir)
-    config = identity | {
+    config = {
         "total_steps": scale.total_steps,
-        "ema_horizon_steps": scale.ema_horizon,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "ema_horizon_steps": ema_horizon(scale, recipe),
         "processes": ranks.world,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": versions(*PACKAGES),
     }
     if first:
-        write_atomically(out_dir / "config.json", json_text(config))
-        shutil.copyfile(__file__, out_dir / "experiment.py")
+        preflight(scale, out_dir)
+        config = begin(out_dir, identity, __file__, config)
 
     lm = load_language_model(scale)
-    config["language_model"] = lm.identity
     heldout, first_document = heldout_contexts(scale, lm)
     clock.lap("language model and text")
     for layer in scale.layers:
         first_letter_probes(scale, lm, layer)
     clock.lap("first-letter probes")
 
-    log = TrainingLog(out_dir / "training_log.jsonl", name, config, writes=first)
-    checkpoints = Checkpoints(out_dir / "checkpoint", identity, writes=first)
-    checkpoint = checkpoints.read(log)
-    if checkpoint:
-        say(f"going on from the checkpoint of step {checkpoint[1]['step']}")
-    elif first:
-        for leftover in WRITTEN:  # by an execution that did not reach a checkpoint
-            path = out_dir / leftover
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    training = Training(scale, run, lm, first_document, ranks, checkpoint)
-    training.train(log, checkpoints, signals)
-    ranks.part()
-    clock.lap("training")
-    if not first:
-        return  # the first process evaluates, alone
+    work = Work(training_identity(name, scale, lm, settings, experiment))
+    with work.claimed() if first else nullcontext():
+        log = TrainingLog(work.folder / "training_log.jsonl", name, config, writes=first)
+        checkpoints = Checkpoints(work.folder, work.identity, writes=first)
+        checkpoint = checkpoints.newest(log, ranks)
+        parts = begun(scale, recipe, run, lm, first_document, ranks, checkpoint)
+        train(scale, *parts, Keeper(log, checkpoints, signals, ranks, scale.checkpoint_seconds))
+        ranks.part()
+        clock.lap("training")
+        if not first:
+            return  # the first process evaluates, alone
 
-    signals.keep = False
-    hashes = save_saes(scale, lm, training.trainers, out_dir / "sae")
-    saved = {
-        layer: {
-            f"{name}_{folder}_{digest[:12]}": out_dir / "sae" / folder
-            for folder, digest in hashes.items()
-            if folder.startswith(f"layer_{layer}_")
-        }
-        for layer in scale.layers
-    }
-    finished = out_dir / "checkpoint" / "evaluated"
-    units = {trainer.layer: trainer.units for trainer in training.trainers}
-    alphas = run.readout_alphas
-    results = evaluate(scale, alphas, lm, units, saved, heldout, log.records, finished, clock)
-    text = json_text(results)
-    sums = {str(p.relative_to(out_dir)): file_sha256(p) for p in written_files(out_dir)}
-    sums["final_info.json"] = hashlib.sha256(text.encode()).hexdigest()
-    config |= {"weights_sha256": hashes, "seconds": clock.seconds | {"total": clock.total}}
-    write_atomically(out_dir / "config.json", json_text(config | {"sha256": sums}))
-    write_atomically(out_dir / "final_info.json", text)
-    shutil.rmtree(checkpoints.folder)
-    print_summary(results, clock)
-
-
-NETWORK = ("httpx", "httpx2", "requests", "urllib3", "aiohttp", "huggingface_hub", "datasets")
+        signals.keep = False
+        register_with_sae_lens()
+        trainers, _ = parts
+        saved = save_saes(scale, lm, trainers, work.folder / "sae", name, experiment, settings)
+        check_all(scale, lm, trainers, saved, heldout)
+        units = {trainer.layer: trainer.units for trainer in trainers}
+        results, scored = evaluate(
+            scale, run.readout_alphas, lm, units, saved, heldout, log.records, work.folder, clock
+        )
+        config["language_model"] = lm.identity
+        finish(out_dir, work, config, clock, results, scored)
+    print_summary(f"{name}, {run.title}", results, clock, config, out_dir.parent / CONTROL)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 an error (last on stderr), 75 stopped by SIGTERM, 130 by Ctrl-C: the
     same command goes on after the last two."""
-
-    def complain(message: str, status: int = 1) -> int:
-        print(f"error: {message}".replace("error: the runs:", "the runs:"), file=sys.stderr)
-        return status
-
-    again = "run the same command again"
     try:
         signals = Signals()
-        out_dir, name, run = chosen_run(sys.argv[1:] if arguments is None else arguments)
-        scale = choose_scale()
-        ranks = Ranks()
-        say(f"scale {scale.name}: {name}, {run.title}")
-        with locked(out_dir) if ranks.rank == 0 else contextlib.nullcontext():
-            execute(out_dir, name, run, scale, ranks, signals)
-    except ExperimentError as error:
-        return complain(str(error))
-    except torch.OutOfMemoryError:
-        return complain(
-            "the GPU's memory is full: free it, or lower block_contexts, n_seeds or d_sae of the "
-            f"scale, then {again}"
-        )
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-        reason = reason.splitlines()[0]
-        if isinstance(error, MemoryError) or "can't allocate memory" in reason:  # torch's own words
-            return complain(
-                f"memory is full: free some, or lower block_contexts or n_seeds, then {again}"
-            )
-        lost = isinstance(error, ConnectionError | TimeoutError | socket.gaierror)
-        on_disk = getattr(error, "errno", None) or isinstance(error, SafetensorError)
-        if "inline_container" in reason:  # torch.save, of a full disk
-            on_disk, reason = True, "a file could not be written"
-        if on_disk and not lost:  # of a full disk safetensors has an error of its own
-            where = f" at {error.filename}" if getattr(error, "filename", None) else ""
-            return complain(
-                f"{reason}{where}: free space or fix the folder, then {again} (what was written "
-                "before is still valid)"
-            )
-        if isinstance(error, OSError) or type(error).__module__.split(".")[0] in NETWORK:
-            return complain(f"{reason}: check the network, then {again}")
-        raise
-    except Interrupted as stop:
-        what = signal.Signals(stop.signal_number).name
-        status = 130 if stop.signal_number == signal.SIGINT else 75
-        return complain(f"stopped by {what}: {again} to go on from where it stood", status)
+        titles = {name: run.title for name, run in RUNS.items()}
+        out_dir, name = chosen_run(titles, sys.argv[1:] if arguments is None else arguments)
+        scale, ranks = choose_scale(), Ranks()
+        say(f"scale {scale.name}: {name}, {RUNS[name].title}")
+        with locked(out_dir) if ranks.rank == 0 else nullcontext():
+            execute(out_dir, name, scale, ranks, signals)
+    except (Exception, Interrupted) as error:
+        return told(error, experiment=__file__)
     return 0
 
 

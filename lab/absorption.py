@@ -3,14 +3,14 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from lab.bench import evaluation_key, sae_bench, seed_everything
+from lab.bench import evaluation_key, sae_bench
 from lab.language_model import LanguageModel
 from lab.process import say
 from lab.saved_sae import load_sae
 from lab.scales import Scale
-from lab.storage import cached
+from lab.seeds import seed_everything
+from lab.storage import cached, disjoint, save_tensors
 
 
 def first_letter_probes(scale: Scale, lm: LanguageModel, layer: int) -> Path:
@@ -23,7 +23,7 @@ def first_letter_probes(scale: Scale, lm: LanguageModel, layer: int) -> Path:
         config = AbsorptionEvalConfig(model_name=lm.name)
         say(f"training SAE-Bench's first-letter probes at layer {layer} (once)")
         with sae_bench(scale, lm) as bench:
-            seed_everything(scale.evaluation_seed, "first-letter probes", layer)
+            seed_everything("evaluation", scale.evaluation_seed, "first-letter probes", layer)
             where = {
                 "base_template": config.prompt_template,
                 "pos_idx": config.prompt_token_pos,
@@ -44,9 +44,9 @@ def first_letter_probes(scale: Scale, lm: LanguageModel, layer: int) -> Path:
         f1 = [f1_score(y == i, found[:, i], zero_division=0) for i in range(26)]
         tensors = {"weight": weight, "bias": bias, "f1": torch.tensor(f1)}
         tensors |= {"X": parts["train"][0].contiguous(), "y": parts["train"][1]}
-        save_file(tensors, folder / "probe.safetensors")
+        save_tensors(tensors, folder / "probe.safetensors")
 
-    key = {**evaluation_key(scale, lm), "layer": layer, "words": scale.absorption_words}
+    key = disjoint(evaluation_key(scale, lm), layer=layer, words=scale.absorption_words)
     return cached("first-letter-probes", key, build)
 
 

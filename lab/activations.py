@@ -1,17 +1,20 @@
 """From contexts to batches of residuals: calibration, harvest, blocks, their order."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from lab.language_model import LanguageModel
-from lab.process import Ranks, require, seed_for
+from lab.process import ExperimentError, Ranks, require
 from lab.scales import Scale
-from lab.storage import cached, tensor_sha256
-from lab.text import Lane
+from lab.seeds import seed_for
+from lab.storage import cached, disjoint, save_tensors, tensor_sha256
+from lab.text import Lane, ahead, text_blocks
 
 
 class Calibration(NamedTuple):
@@ -88,12 +91,12 @@ def residual_blocks(
 
         def build(folder: Path, contexts: torch.Tensor = contexts) -> None:
             residuals = harvest(lm, contexts, scale.lm_batch).cpu()
-            save_file({"residuals": residuals}, folder / "residuals.safetensors")
+            save_tensors({"residuals": residuals}, folder / "residuals.safetensors")
 
         if scale.keep_activations:
             tokens = tensor_sha256(contexts)
-            key = {**lm.identity, "tokens": tokens, "layers": lm.layers, "lm_batch": scale.lm_batch}
-            entry = cached("residuals", key, build)
+            read = {"tokens": tokens, "layers": lm.layers, "lm_batch": scale.lm_batch}
+            entry = cached("residuals", disjoint(lm.identity, read), build)
             rows = load_file(entry / "residuals.safetensors")["residuals"]
         else:
             rows = harvest(lm, contexts, scale.lm_batch)
@@ -149,3 +152,63 @@ def shuffled_batches(
         for n in range(start.batch if index == start.block else 0, n_batches):
             rows = block.rows[order[n].to(block.rows.device)]
             yield Position(index, n + 1, block.before), rows
+
+
+class ActivationStream:
+    """Batches of residuals in one fixed order, begun anew or where a checkpoint left them.
+
+    One pass of the language model feeds every layer.  `position` is the place in the text; whoever
+    reads sets it when a batch is done with.
+    """
+
+    def __init__(
+        self,
+        scale: Scale,
+        lm: LanguageModel,
+        ranks: Ranks,
+        first_document: int,
+        state: dict | None = None,
+    ):
+        """`state`: what state() gave, if there is a checkpoint."""
+        self.scale, self.ranks = scale, ranks
+        mine = ranks.lanes(scale.lanes)
+        if state:
+            lanes = {i: Lane(**state["lanes"][str(i)]) for i in mine}
+            self.position = Position(state["block"], state["batch"], lanes)
+        else:
+            self.position = Position(0, 0, {i: Lane(first_document, []) for i in mine})
+        self._text = ahead(text_blocks(scale, lm, self.position.lanes))
+        self._blocks = residual_blocks(scale, lm, self._text)
+
+    def calibrations(self) -> list[Calibration]:
+        """Units of every layer, from the first block, which stays to be read.  Raises
+        ExperimentError if the text is shorter than that."""
+        first = next(self._blocks, None)
+        require(
+            first is not None,
+            f"the text of scale {self.scale.name!r} is shorter than one block of "
+            f"{self.scale.block_contexts} contexts: add text or lower block_contexts",
+        )
+        self._blocks = chain([first], self._blocks)
+        n_layers = len(self.scale.layers)
+        return [calibrate(self.ranks.joined(first.rows[:, i])) for i in range(n_layers)]
+
+    def batches(self, units: list[Calibration]) -> Iterator[tuple[Position, torch.Tensor]]:
+        """Rows [B, layers, D], outliers left out, each with the position after it.  Raises
+        ExperimentError where the text ends."""
+        blocks = (without_outliers(block, units) for block in self._blocks)
+        yield from shuffled_batches(self.scale, blocks, self.ranks, self.position)
+        raise ExperimentError(
+            f"the text of scale {self.scale.name!r} ended before its {self.scale.total_steps} "
+            "training steps: lower training_tokens or add text"
+        )
+
+    def state(self) -> dict:
+        """For JSON; of several processes all must call it."""
+        block, batch, lanes = self.position
+        lanes = {i: lane for part in self.ranks.gathered(lanes) for i, lane in part.items()}
+        return {"block": block, "batch": batch, "lanes": {i: asdict(lanes[i]) for i in lanes}}
+
+    def close(self) -> None:
+        """Its thread must not tokenise while SAE-Bench does."""
+        self._text.close()

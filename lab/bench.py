@@ -12,13 +12,14 @@ from unittest import mock
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from lab.language_model import LanguageModel
 from lab.packaged_text import TASKS, task_of_pairs
-from lab.process import require, seed_for
+from lab.process import require
 from lab.scales import Scale
-from lab.storage import cached, tensor_sha256, versions
+from lab.seeds import generators, seed_everything, seed_for, set_generators
+from lab.storage import cached, disjoint, save_tensors, tensor_sha256, versions
 
 
 def as_hooked_transformer(lm: LanguageModel, dtype: torch.dtype, remember: bool = False):
@@ -54,12 +55,12 @@ def as_hooked_transformer(lm: LanguageModel, dtype: torch.dtype, remember: bool 
 
             def build(folder: Path) -> None:
                 acts = {name: a.cpu().contiguous() for name, a in activations().items()}
-                save_file(acts, folder / "prompts.safetensors")
+                save_tensors(acts, folder / "prompts.safetensors")
 
             if remember:
                 digest = tensor_sha256(tokens)
-                key = {**lm.identity, "tokens": digest, "shape": tokens.shape, "layers": lm.layers}
-                key |= {"unread": unread}
+                prompts = {"tokens": digest, "shape": tokens.shape, "unread": unread}
+                key = disjoint(lm.identity, prompts, layers=lm.layers)
                 acts = load_file(cached("prompts", key, build) / "prompts.safetensors")
             else:
                 acts = activations()
@@ -67,14 +68,6 @@ def as_hooked_transformer(lm: LanguageModel, dtype: torch.dtype, remember: bool 
             return None, {n: padded(a.to(lm.device, dtype)) for n, a in acts.items()}
 
     return CutModel()
-
-
-def seed_everything(*names: object) -> None:
-    """SAE-Bench draws from the global generators and never seeds them all."""
-    seed = seed_for("evaluation", *names) % 2**32
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - the generator SAE-Bench's libraries use
-    torch.manual_seed(seed)
 
 
 # As codeparrot/github-code's own loading script tells languages: by a file's suffix.
@@ -145,7 +138,7 @@ def sae_bench(
 
     def seeded(function: Callable, **fixed_arguments) -> Callable:
         def call(*args, **kwargs):
-            seed_everything(seed, function.__name__)
+            seed_everything("evaluation", seed, function.__name__)
             return function(*args, **kwargs, **fixed_arguments)
 
         return call
@@ -154,7 +147,7 @@ def sae_bench(
     model = as_hooked_transformer(lm, dtype, remember=probes is not None)
     ours = SimpleNamespace(from_pretrained_no_processing=lambda *_, **__: model)
     words = first_letter_words(scale, lm)
-    generators = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    before = generators()
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder = folder.absolute() if folder else work / "results"
@@ -210,9 +203,7 @@ def sae_bench(
                 absorption=absorption, probing=probing, common=common, model=model, folder=folder
             )
         finally:
-            random.setstate(generators[0])
-            np.random.set_state(generators[1])  # noqa: NPY002
-            torch.set_rng_state(generators[2])
+            set_generators(before)
 
 
 @torch.no_grad()
@@ -261,9 +252,5 @@ def first_letter_words(scale: Scale, lm: LanguageModel) -> list[str]:
 def evaluation_key(scale: Scale, lm: LanguageModel) -> dict:
     """What the language-model half of an evaluation depends on."""
     packages = ("sae-bench", "sae-probes", "scikit-learn", "numpy")
-    return {
-        **lm.identity,
-        **versions(*packages),
-        "dtype": scale.evaluation_dtype,
-        "seed": scale.evaluation_seed,
-    }
+    scores = {"scores_dtype": scale.evaluation_dtype, "evaluation_seed": scale.evaluation_seed}
+    return disjoint(lm.identity, versions(*packages), scores)

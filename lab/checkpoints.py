@@ -3,15 +3,20 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
+import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from lab.metrics import mean_or_none
-from lab.process import say
-from lab.storage import file_sha256, json_text
+from lab.process import ExperimentError, Interrupted, Ranks, Signals, say
+from lab.storage import file_sha256, json_text, save_tensors
 
 
 class TrainingLog:
@@ -43,6 +48,10 @@ class TrainingLog:
         lines = "".join(json.dumps(r, allow_nan=False) + "\n" for r in records).encode()
         if not self.writes:
             return
+        if self.size and not self.path.exists():  # somebody emptied the cache meanwhile
+            whole = "".join(json.dumps(r, allow_nan=False) + "\n" for r in self.records).encode()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_bytes(whole[: self.size])
         with self.path.open("ab") as file:
             file.write(lines)
         self.size += len(lines)
@@ -71,9 +80,9 @@ class Checkpoints:
             "log": [log.size, log.digest.hexdigest()],
             "state": state,
         }
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / "partial"
-        save_file(tensors, partial, metadata={"header": json.dumps(header)})
+        save_tensors(tensors, partial, metadata={"header": json.dumps(header)})
         for path in (partial, log.path):  # on disk before it can be relied on
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -84,6 +93,27 @@ class Checkpoints:
 
     def newest_first(self) -> list[Path]:
         return sorted(self.folder.glob("step_*.safetensors"), reverse=True)
+
+    def newest(self, log: TrainingLog, ranks: Ranks) -> tuple[dict, dict] | None:
+        """What read() gives.  Raises ExperimentError if several processes do not see the same."""
+        found = self.read(log)
+        step = found[1]["step"] if found else None
+        if len(set(ranks.gathered(step))) > 1:
+            raise ExperimentError(
+                "the processes do not see the same checkpoint: on several machines set "
+                "COSINE_SAE_CACHE to a folder that all of them share"
+            )
+        if found:
+            say(f"going on from the checkpoint of step {step}")
+        elif self.writes:
+            self.clear()
+        return found
+
+    def clear(self) -> None:
+        """Remove what executions that reached no checkpoint left."""
+        for path in self.folder.iterdir() if self.folder.exists() else ():
+            if path.name != "identity.json":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def read(self, log: TrainingLog) -> tuple[dict, dict] | None:
         """(tensors, state) of the newest that is whole, the log cut back to it; else None."""
@@ -96,3 +126,69 @@ class Checkpoints:
                         return load_file(path), header["state"]
             say(f"checkpoint {path.name} is damaged, or not of this run: not used")
         return None
+
+
+class Keeper:
+    """Writes down what training does: records as they come, states now and then, and the last one
+    when it is asked to stop."""
+
+    def __init__(
+        self,
+        log: TrainingLog,
+        checkpoints: Checkpoints,
+        signals: Signals,
+        ranks: Ranks,
+        seconds: float,  # between two checkpoints
+        flush_every: int = 10,  # steps: a number that leaves the device is a synchronisation point
+    ):
+        self.log, self.checkpoints, self.signals, self.ranks = log, checkpoints, signals, ranks
+        self.seconds, self.flush_every = seconds, flush_every
+        self.waiting: list[dict] = []
+        self.tokens = 0
+        self.started = self.last = time.monotonic()
+        signals.keep = ranks.world > 1  # several processes must stop at the same step
+
+    def note(self, step: int, tokens: int, records: list[dict]) -> None:
+        """The records of one step, a layer each; raises ExperimentError if a loss is not finite."""
+        self.waiting += records
+        self.tokens += tokens
+        if step % self.flush_every == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        speed = round(self.tokens / (time.monotonic() - self.started))
+        self.log([settled(record, speed) for record in self.waiting])
+        self.waiting, self.tokens, self.started = [], 0, time.monotonic()
+
+    def look(self, step: int, state: Callable[[], tuple[dict, dict]]) -> None:
+        """After a step: a checkpoint where one is due; raises Interrupted where a signal came."""
+        if self.ranks.world > 1 and step % self.flush_every:
+            return  # several processes agree only now and then
+        due = time.monotonic() - self.last >= self.seconds
+        wishes = self.ranks.gathered((self.signals.received or 0, due))
+        stop, due = (max(wish) for wish in zip(*wishes, strict=True))
+        if stop:
+            raise Interrupted(stop)
+        if due:
+            self.checkpoint(step, state)
+
+    def checkpoint(self, step: int, state: Callable[[], tuple[dict, dict]]) -> None:
+        with self.signals.kept():
+            self.flush()
+            self.checkpoints.save(step, *state(), self.log)
+            self.last = time.monotonic()
+
+
+def settled(record: dict, tokens_per_second: int) -> dict:
+    """A record as plain numbers; raises ExperimentError if a loss is not finite."""
+    plain = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in record.items()}
+    for seed, loss in enumerate(plain["loss"]):
+        if not math.isfinite(loss):
+            parts = ", ".join(
+                f"{k}={plain[k][seed]:.4g}" for k in ("mse", "l1", "lambda", "grad_norm")
+            )
+            raise ExperimentError(
+                f"the loss is {loss} at step {plain['step']}, layer {plain['layer']}, seed {seed} "
+                f"({parts}): lower learning_rate or look at the activations; nothing was evaluated"
+            )
+    return plain | {"tokens_per_second": tokens_per_second}

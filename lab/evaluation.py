@@ -1,23 +1,43 @@
 """From saved SAEs to results, part by part; what is finished is kept."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from lab.absorption import evaluate_absorption
-from lab.activations import Calibration
+from lab.activations import Calibration, harvest
 from lab.fidelity import Fidelity, HeldOut
+from lab.identity import code_behind
 from lab.language_model import LanguageModel
 from lab.metrics import finite_or_none
 from lab.probing import evaluate_probing
-from lab.process import Clock
+from lab.process import Clock, say
 from lab.results import layer_results, readout_results
-from lab.saved_sae import load_sae
+from lab.saved_sae import Trained, check_saved, load_sae
 from lab.scales import Scale
-from lab.storage import remembered
+from lab.storage import json_text, remembered, versions
+
+
+def check_all(
+    scale: Scale,
+    lm: LanguageModel,
+    trainers: list[Trained],
+    saved: dict[int, dict[str, Path]],
+    heldout_NL: torch.Tensor,
+) -> None:
+    """Load every saved SAE as a user does and compare it with the one that was trained, on ordinary
+    tokens of held-out text.  Raises ExperimentError where they differ."""
+    rows_NLD, worst = harvest(lm, heldout_NL[:16], scale.lm_batch).float(), 0.0
+    for i, trainer in enumerate(trainers):
+        rows_ND = rows_NLD[:, i]
+        rows_ND = rows_ND[rows_ND.norm(dim=-1) <= trainer.units.outlier_norm]
+        for seed, folder in enumerate(saved[trainer.layer].values()):
+            worst = max(worst, *check_saved(trainer, folder, seed, rows_ND).values())
+    say(f"every saved SAE, loaded afresh, computes what was trained (to {worst:.1g})")
 
 
 def evaluate(
@@ -28,19 +48,30 @@ def evaluate(
     saved: dict[int, dict[str, Path]],
     heldout_NL: torch.Tensor,
     records: list[dict],
-    finished: Path,
+    work: Path,
     clock: Clock,
-) -> dict[str, dict]:
-    """final_info.json's entries, from the saved SAEs {layer: {name: folder}}, names by seed.
+) -> tuple[dict[str, dict], Path]:
+    """final_info.json's entries, from the saved SAEs {layer: {name: folder}}, names by seed, and
+    the folder with SAE-Bench's own files.
 
-    Each part that is finished is kept in `finished`, so that a run that is stopped goes on after
-    it; the names hold the weights' hashes, so nothing of other weights is ever taken up.
+    Each part that is finished is kept in a folder of `work`, so that a run that is stopped goes on
+    after it.  The folder's name holds all that scores depend on: the weights' hashes (in the SAEs'
+    names), the settings, the model, the code of the laboratory.
     """
-    folder, alphas = finished.parent.parent / "eval", readout_alphas
+    names = [name for paths in saved.values() for name in paths]
+    key = {
+        "saes": names,
+        "scale": asdict(scale),
+        "readout_alphas": readout_alphas,
+        "language_model": lm.identity,
+        "code": code_behind(__name__),
+        **versions("sae-lens", "sae-bench", "sae-probes", "scikit-learn", "numpy"),
+    }
+    kept = work / f"evaluated_{hashlib.sha256(json_text(key).encode()).hexdigest()[:16]}"
+    folder = kept / "eval"
 
-    def part(kind: str, names: Iterable[str], compute: Callable[[], object]) -> object:
-        digest = hashlib.sha256(" ".join(names).encode()).hexdigest()[:16]
-        return remembered(finished / f"{kind}_{digest}.json", compute, beside=folder / kind)
+    def part(kind: str, compute: Callable[[], object]) -> object:
+        return remembered(kept / f"{kind}.json", compute, beside=folder / kind.split("_layer")[0])
 
     fidelities, absorption, probing = {}, {}, {}
     for layer, paths in saved.items():
@@ -50,27 +81,26 @@ def evaluate(
             found = [held.fidelity(load_sae(path).to(lm.device)) for path in paths.values()]
             return [[finite_or_none(value) for value in fidelity] for fidelity in found]
 
-        fidelities[layer] = [Fidelity(*f) for f in part("fidelity", paths, fidelity)]
+        fidelities[layer] = [Fidelity(*f) for f in part(f"fidelity_layer_{layer}", fidelity)]
     clock.lap("fidelity")
 
     def all_probing() -> list:
-        found = evaluate_probing(scale, lm, saved, folder / "sparse_probing", alphas)
+        found = evaluate_probing(scale, lm, saved, folder / "sparse_probing", readout_alphas)
         return [[*key, results] for key, results in found.items()]
 
-    names = [name for paths in saved.values() for name in paths]
-    for layer, alpha, results in part("sparse_probing", names, all_probing):
+    for layer, alpha, results in part("sparse_probing", all_probing):
         probing[layer, alpha] = results
     clock.lap("sparse probing")
     for layer, paths in saved.items():
         compute = partial(evaluate_absorption, scale, lm, layer, paths, folder / "absorption")
-        absorption[layer] = part("absorption", paths, compute)
+        absorption[layer] = part(f"absorption_layer_{layer}", compute)
     clock.lap("absorption")
 
     entries = {}
     for layer in saved:
         title = f"{scale.name} layer {layer}"
         own = [record for record in records if record["layer"] == layer]
-        decoders = [load_sae(path).W_dec.detach() for path in saved[layer].values()]
+        decoders = [load_sae(path).W_dec for path in saved[layer].values()]
         entries[title] = layer_results(
             scale, own, fidelities[layer], probing[layer, None], absorption[layer], decoders
         )
@@ -87,4 +117,4 @@ def evaluate(
         for alpha in readout_alphas:
             name = f"{title}, read out with alpha = {alpha:g}"
             entries[name] = readout_results(scale, probing[layer, alpha])
-    return entries
+    return entries, folder

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from lab.process import quiet_transformers, require, say, training_device
+from lab.process import device_kind, quiet_transformers, require, say, training_device
 from lab.scales import Scale
 from lab.smollm2 import smollm2_folder
-from lab.storage import file_sha256, versions
+from lab.storage import disjoint, file_sha256, versions
 
 
 class LanguageModel:
@@ -73,8 +73,9 @@ class LanguageModel:
             "files": {path.name: file_sha256(path) for path in files} or commit,
             "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
             "dtype": str(dtype),
-            **versions("torch", "transformers", "tokenizers"),
+            "device": device_kind(),
         }
+        identity = disjoint(identity, versions("torch", "transformers", "tokenizers"))
         return cls(model.to(training_device()), tokenizer, name, layers, identity)
 
     def _hook(self, layer: int, module, args, output):

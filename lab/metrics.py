@@ -23,6 +23,11 @@ def stderr_or_none(values: list[float | None]) -> float | None:
     return float(np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
+def rounded(value: float | None, digits: int = 4) -> float | None:
+    """To so many significant digits."""
+    return None if value is None else float(f"{value:.{digits}g}")
+
+
 def sd_or_none(values: list[float | None]) -> float | None:
     return None if len(values) < 2 or None in values else float(np.std(values, ddof=1))
 
@@ -35,19 +40,27 @@ def running_median(values: np.ndarray, window: int = 51) -> np.ndarray:
     )
 
 
-def stability(loss: list[float], grad_norm: list[float]) -> dict[str, float]:
+def roughness(curve: list[float]) -> float | None:
+    """sd of a curve's logarithm around its centred running median, last 80% of steps."""
+    around = (np.log(curve) - np.log(running_median(np.asarray(curve))))[len(curve) // 5 :]
+    return float(np.std(around, ddof=1)) if len(around) > 1 else None
+
+
+def stability(
+    loss: list[float], mse: list[float], grad_norm: list[float]
+) -> dict[str, float | None]:
     """Training-curve stability of one seed, on the raw loss: an averaged one is smooth anyway.
 
-    loss_roughness: sd of log loss around its centred running median, last 80% of steps.
-    loss_spikes: steps there whose loss is over 1.5 times the running median.
+    loss_roughness, mse_roughness: roughness() of either; the mse is what all arms have in common,
+    whatever they add to the loss.
+    loss_spikes: steps of the last 80% whose loss is over 1.5 times the running median.
     grad_norm_cv: sd / mean of the gradient norm there.
     """
-    start = len(loss) // 5
-    log_loss, median = np.log(loss), running_median(np.asarray(loss))
-    around = (log_loss - np.log(median))[start:]
+    start, median = len(loss) // 5, running_median(np.asarray(loss))
     grads = np.asarray(grad_norm)[start:]
     return {
-        "loss_roughness": float(np.std(around, ddof=1)) if len(around) > 1 else None,
+        "loss_roughness": roughness(loss),
+        "mse_roughness": roughness(mse),
         "loss_spikes": float((np.asarray(loss) > 1.5 * median)[start:].sum()),
         "grad_norm_cv": float(np.std(grads, ddof=1) / grads.mean())
         if len(grads) > 1 and grads.mean() > 0

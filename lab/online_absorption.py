@@ -49,6 +49,8 @@ class OnlineAbsorption:
     whose firing has the best F1 for it (SAE-Bench trains 260 probes to choose: too slow here).
     """
 
+    rebuilt = True  # no state of training: a checkpoint need not hold it
+
     def __init__(self, probe: dict[str, torch.Tensor], n_words: int, min_f1: float = 0.6):
         """`probe`: weight [26, D], bias [26], f1 [26], X [N, D] residuals, y [N] letters."""
         good = (probe["f1"] > min_f1)[probe["y"]]
@@ -62,10 +64,10 @@ class OnlineAbsorption:
 
     @torch.no_grad()
     def measure(
-        self, sae: torch.nn.Module, alpha: float | torch.Tensor, scale: float, dtype: torch.dtype
+        self, sae: torch.nn.Module, alphas: list[float], scale: float, dtype: torch.dtype
     ) -> list[tuple[float, float]]:
         """(absorption fraction, full absorption), each the mean over letters, for every seed."""
-        acts = sae.encode(self.X * scale, alpha, dtype).float() / scale
+        acts = sae.encode(self.X * scale, alphas, dtype).float() / scale
         return [self._mean_over_letters(a, W) for a, W in zip(acts, sae.W_dec, strict=True)]
 
     def _mean_over_letters(self, acts_NF: torch.Tensor, W_dec: torch.Tensor) -> tuple[float, float]:

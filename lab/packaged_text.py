@@ -7,8 +7,9 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from lab.process import require, seed_for
+from lab.process import require
 from lab.scales import Scale
+from lab.seeds import seed_for
 from lab.storage import cached, json_text, versions, write_atomically
 
 # Prose among the data files inside the sae-probes package, by number: fiction and news passages,

@@ -1,20 +1,19 @@
 """SAE-Bench's sparse probing of saved SAEs, its texts read once for all of them."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from lab.activations import harvest
 from lab.bench import evaluation_key, sae_bench
 from lab.language_model import LanguageModel
 from lab.packaged_text import TASK_CHARACTERS, TASKS
 from lab.process import say
-from lab.saved_sae import load_sae, read_out, register_with_sae_lens, sae_lens_config
+from lab.saved_sae import latents_at_once, load_sae, read_out
 from lab.scales import Scale
-from lab.storage import cached, tensor_sha256
+from lab.storage import cached, disjoint, save_tensors, tensor_sha256
 
 
 class ProbingTexts:
@@ -46,7 +45,7 @@ class ProbingTexts:
                     owners, rows = zip(*self._rows(tokens), strict=True)
                     tensors["owners"] = torch.cat(owners).cpu()
                     tensors["residuals"] = torch.cat(rows).cpu()
-                save_file(tensors, path)
+                save_tensors(tensors, path)
             handles[label] = f"{layer}/{digest}"
         return handles
 
@@ -108,14 +107,9 @@ class ProbingTexts:
         }
         for owner, rows in chunks:
             for i, layer in enumerate(self.lm.layers):
-                alike: dict[int, list] = {}  # read-outs of the same weights
-                for sae in self.saes.get(layer, ()):
-                    alike.setdefault(id(sae.W_enc), []).append(sae)
-                for first, *others in alike.values():
-                    x = rows[:, i].to(first.dtype)
-                    latents = first.encode_at(x, [sae.cfg.alpha for sae in (first, *others)])
-                    for sae, f in zip((first, *others), latents, strict=True):
-                        means[layer, id(sae)].add(owner, f)
+                x = rows[:, i]
+                for sae, f in latents_at_once(self.saes.get(layer, ()), x):
+                    means[layer, id(sae)].add(owner, f)
         digest, dtype = handle.split("/")[1], getattr(torch, self.scale.evaluation_dtype)
         for (layer, sae), mean in means.items():
             self.latents[f"{layer}/{digest}", sae] = mean.result().to("cpu", dtype)
@@ -154,6 +148,20 @@ def probing_config(scale: Scale, lm: LanguageModel):
     )
 
 
+def stand_in(scale: Scale, lm: LanguageModel, layer: int):
+    """A tiny random SAE of SAELens' standard kind."""
+    from sae_lens import StandardSAE, StandardSAEConfig
+    from sae_lens.saes.sae import SAEMetadata
+
+    hook = {"hook_name": f"blocks.{layer}.hook_resid_post", "hook_layer": layer}
+    about = SAEMetadata(model_name=lm.name, **hook)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sae = StandardSAE(StandardSAEConfig(d_in=lm.d_in, d_sae=64, metadata=about))
+    sae.W_dec.data = torch.nn.functional.normalize(sae.W_dec.data, dim=-1)
+    return sae.to(lm.device, getattr(torch, scale.evaluation_dtype))
+
+
 def probing_artifacts(scale: Scale, lm: LanguageModel) -> Path:
     """SAE-Bench's sparse-probing artifacts of all layers: the texts, and the model's own scores.
 
@@ -162,18 +170,7 @@ def probing_artifacts(scale: Scale, lm: LanguageModel) -> Path:
 
     def build(folder: Path) -> None:
         say("reading the probing tasks' texts with the language model (once)")
-        small = replace(scale, d_sae=64, initial_l0=32.0, target_l0=16.0)
-        cls = register_with_sae_lens()
-        stand_ins = {}
-        for layer in scale.layers:
-            config = sae_lens_config(lm, small, layer, {"alpha": 1.0})
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                sae = cls(
-                    cls.get_sae_config_class_for_architecture("cosine_blend").from_dict(config)
-                )
-            sae.W_dec.data = torch.nn.functional.normalize(sae.W_dec.data, dim=-1)
-            stand_ins[layer] = [sae.to(lm.device, getattr(torch, scale.evaluation_dtype))]
+        stand_ins = {layer: [stand_in(scale, lm, layer)] for layer in scale.layers}
         texts = ProbingTexts(scale, lm, folder, stand_ins)
         with sae_bench(scale, lm, texts=texts) as bench:
             bench.probing.run_eval(
@@ -186,9 +183,9 @@ def probing_artifacts(scale: Scale, lm: LanguageModel) -> Path:
 
     tasks = [TASK_CHARACTERS, {name: TASKS.get(name) for name in scale.tasks}]
     sizes = [scale.probe_train_set_size, scale.probe_test_set_size, scale.context_length]
-    key = {**evaluation_key(scale, lm), "layers": scale.layers, "tasks": tasks, "sizes": sizes}
-    key |= {"k_values": scale.k_values, "lm_batch": scale.lm_batch, "kept": scale.keep_activations}
-    return cached("probing", key, build)
+    asked = {"tasks": tasks, "sizes": sizes, "k_values": scale.k_values}
+    read = {"layers": scale.layers, "lm_batch": scale.lm_batch, "kept": scale.keep_activations}
+    return cached("probing", disjoint(evaluation_key(scale, lm), asked, read), build)
 
 
 def evaluate_probing(

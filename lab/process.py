@@ -1,14 +1,16 @@
-"""The process: its errors and what it says, named seeds, devices, ranks, signals, its lock."""
+"""The process: its errors and what it says, devices, ranks, signals, its lock."""
 
 import contextlib
 import fcntl
-import hashlib
 import io
 import os
+import platform
 import signal
+import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -58,11 +60,6 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def seed_for(*names: object) -> int:
-    """The seed of a named stream of random numbers: no two uses share one or depend on order."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, names)).encode()).digest()[:6], "big")
-
-
 def training_device() -> torch.device:
     """This process's GPU where there is one."""
     if torch.cuda.is_available():
@@ -70,8 +67,35 @@ def training_device() -> torch.device:
     return torch.device("cpu")
 
 
+BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16")  # the best first
+
+
+def processor() -> tuple[str, str]:
+    """The CPU: (model, the best of BFLOAT16_UNITS it has, or "no_bf16"; "unknown" off Linux).
+
+    bfloat16 products are rounded in another order by other units, so runs of two kinds of CPU
+    differ in their last digits, and then in more.
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine(), "unknown"
+    about = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    about = {name.strip(): value.strip() for name, value in about.items()}
+    flags = about.get("flags", "").split()
+    units = next((unit for unit in BFLOAT16_UNITS if unit in flags), "no_bf16")
+    return about.get("model name", platform.machine()), units
+
+
+def device_kind() -> str:
+    """What rounds this process's products: "cuda", or the kind of CPU."""
+    return "cuda" if torch.cuda.is_available() else f"cpu {processor()[1]}"
+
+
 class Ranks:
     """The processes that train together under torchrun; for a single one all of it is a no-op."""
+
+    rebuilt = True  # no state of training: a checkpoint need not hold it
 
     def __init__(self):
         self.rank = int(os.environ.get("RANK", "0"))
@@ -197,3 +221,79 @@ def locked(out_dir: Path) -> Iterator[None]:
                 f"another process is working on {out_dir}: wait for it"
             ) from error
         yield
+
+
+NETWORK = ("httpx", "httpx2", "requests", "urllib3", "aiohttp", "huggingface_hub", "datasets")
+AGAIN = "run the same command again"
+
+
+def told(error: BaseException, experiment: str) -> int:
+    """Say an error in one sentence, last on stderr, and return the exit status: 1, or 75 where
+    SIGTERM and 130 where Ctrl-C asked the run to stop.
+
+    An error of the experimenter's own code (in the file `experiment`), or one that nobody foresaw,
+    is raised again: its traceback says more than any advice.
+    """
+    if isinstance(error, Interrupted):
+        what = signal.Signals(error.signal_number).name
+        status = 130 if error.signal_number == signal.SIGINT else 75
+        return _complain(f"stopped by {what}: {AGAIN} to go on from where it stood", status)
+    if isinstance(error, ExperimentError):
+        return _complain(str(error))
+    theirs = _raised_in(error) == Path(experiment).resolve()
+    if memory := _of_memory(error):
+        if theirs:
+            traceback.print_exception(error)
+        return _complain(memory)
+    sentence = None if theirs else _of_disk(error) or _of_network(error)
+    if sentence is None:
+        raise error
+    return _complain(sentence)
+
+
+def _complain(message: str, status: int = 1) -> int:
+    print(f"error: {message}".replace("error: the runs:", "the runs:"), file=sys.stderr)
+    return status
+
+
+def _raised_in(error: BaseException) -> Path | None:
+    """The innermost file of this project in an error's traceback: the experiment or a room."""
+    own = Path(__file__).resolve().parent
+    files = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    files = [f.resolve() for f in files if f.suffix == ".py" and "site-packages" not in f.parts]
+    return next((f for f in reversed(files) if f.parent in (own, own.parent)), None)
+
+
+def _reason(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return str(text).splitlines()[0]
+
+
+def _of_memory(error: BaseException) -> str | None:
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "the GPU's memory is full: free it, or lower block_contexts, n_seeds or d_sae of the "
+            f"scale, then {AGAIN}"
+        )
+    if isinstance(error, MemoryError) or "can't allocate memory" in _reason(error):  # torch's words
+        return f"memory is full: free some, or lower block_contexts or n_seeds, then {AGAIN}"
+    return None
+
+
+def _of_disk(error: BaseException) -> str | None:
+    lost = isinstance(error, ConnectionError | TimeoutError | socket.gaierror)
+    unwritten = "inline_container" in _reason(error)  # torch.save, of a full disk
+    if lost or not (unwritten or getattr(error, "errno", None)):
+        return None
+    reason = "a file could not be written" if unwritten else _reason(error)
+    where = f" at {error.filename}" if getattr(error, "filename", None) else ""
+    return (
+        f"{reason}{where}: free space or fix the folder, then {AGAIN} (what was written before is "
+        "still valid)"
+    )
+
+
+def _of_network(error: BaseException) -> str | None:
+    if isinstance(error, OSError) or type(error).__module__.split(".")[0] in NETWORK:
+        return f"{_reason(error)}: check the network, then {AGAIN}"
+    return None

@@ -1,5 +1,8 @@
 """final_info.json and the printed summary."""
 
+import json
+from pathlib import Path
+
 import torch
 
 from lab.fidelity import Fidelity
@@ -12,12 +15,18 @@ from lab.metrics import (
     pairwise_mcc,
     probing_metrics,
     rank_correlation,
+    rounded,
     sd_or_none,
     stability,
     stderr_or_none,
 )
-from lab.process import Clock, say, seed_for
+from lab.process import Clock, say
 from lab.scales import Scale
+from lab.seeds import seed_for
+from lab.storage import file_sha256
+
+FINISHED = ("final_info.json", "config.json")
+ALIKE = ("scale", "recipe", "laboratory", "processor", "device")  # of runs that can be compared
 
 
 def layer_results(
@@ -30,13 +39,13 @@ def layer_results(
 ) -> dict:
     """final_info.json's entry of one layer, from one value per seed of everything."""
     per_seed = [
-        stability([r["loss"][s] for r in records], [r["grad_norm"][s] for r in records])
+        stability(*([r[name][s] for r in records] for name in ("loss", "mse", "grad_norm")))
         | fidelities[s]._asdict()
         | absorption_metrics(absorption[s])
         | probing_metrics(probing[s], scale.k_values)
         | {
             name: records[-1][name][s] if records[-1][name] else None
-            for name in ("online_absorption", "online_full_absorption")
+            for name in ("online_absorption_fraction", "online_absorption_full")
         }
         for s in range(scale.n_seeds)
     ]
@@ -70,9 +79,10 @@ def layer_results(
     for name in ("absorption_full", "absorption_fraction", "probing_top_1"):
         means[f"{name}_sd_over_seeds"] = sd_or_none(values[name])
         stderrs[f"{name}_sd_over_seeds"] = None
+    means |= {"l0_target": scale.target_l0, "training_steps": float(len(records))}
+    stderrs |= dict.fromkeys(("l0_target", "training_steps"))
     return {
-        "means": means,
-        "stderrs": stderrs,
+        **shown(means, stderrs),
         "final_info_dict": values,
         "per_letter": letters,
         **probing_details(scale, probing),
@@ -81,6 +91,12 @@ def layer_results(
             "absorption": [without_times(a) for a in absorption],
         },
     }
+
+
+def shown(means: dict, stderrs: dict) -> dict:
+    """What an agent's loop reads of an entry, to 4 digits; final_info_dict has them all."""
+    both = {"means": means, "stderrs": stderrs}
+    return {what: {name: rounded(v) for name, v in found.items()} for what, found in both.items()}
 
 
 def probing_details(scale: Scale, probing: list[dict]) -> dict:
@@ -98,10 +114,12 @@ def probing_details(scale: Scale, probing: list[dict]) -> dict:
 def readout_results(scale: Scale, probing: list[dict]) -> dict:
     """The entry of a read-out check: the same SAEs, probed with another alpha."""
     per_seed = [probing_metrics(found, scale.k_values) for found in probing]
-    values = {name: [seed[name] for seed in per_seed] for name in per_seed[0]}
+    # The language model's own scores are those of the main entry.
+    names = [name for name in per_seed[0] if not name.startswith("lm_")]
+    values = {name: [seed[name] for seed in per_seed] for name in names}
+    means = {name: mean_or_none(v) for name, v in values.items()}
     return {
-        "means": {name: mean_or_none(v) for name, v in values.items()},
-        "stderrs": {name: stderr_or_none(v) for name, v in values.items()},
+        **shown(means, {name: stderr_or_none(v) for name, v in values.items()}),
         "final_info_dict": values,
         **probing_details(scale, probing),
     }
@@ -113,15 +131,60 @@ def without_times(found: dict | None) -> dict | None:
     return found and {name: value for name, value in found.items() if name not in changing}
 
 
-def print_summary(results: dict, clock: Clock) -> None:
-    """key: value lines, last on stdout."""
+COMPARED = (  # with the control, in the printed summary
+    "mse_roughness",
+    "loss_roughness",
+    "grad_norm_cv",
+    "absorption_full",
+    "absorption_fraction",
+    "probing_top_1",
+    "probing_top_5",
+    "fvu",
+    "l0",
+)
+
+
+def print_summary(title: str, results: dict, clock: Clock, config: dict, control: Path) -> None:
+    """key: value lines, last on stdout; with the differences to the run in the folder `control`,
+    where that is finished and comparable."""
     say("---")
-    for title, entry in results.items():
-        say(f"{title}")
+    say(f"run: {title}")
+    for name, entry in results.items():
+        say(f"entry: {name}")
         for metric, value in entry["means"].items():
-            error = entry["stderrs"][metric]
-            shown = "null" if value is None else f"{value:.4f}"
-            say(f"{metric}: {shown}" + ("" if error is None else f" +- {error:.4f}"))
+            say(f"{metric}: {_with_error(value, entry['stderrs'][metric])}")
+    if config["run_name"] != control.name:
+        _print_differences(results, config, control)
     for phase, seconds in clock.seconds.items():
         say(f"seconds {phase}: {seconds}")
     say(f"seconds total: {clock.total}")
+
+
+def _with_error(value: float | None, error: float | None, sign: str = "") -> str:
+    text = "null" if value is None else f"{value:{sign}.4g}"
+    return text if error is None else f"{text} +- {error:.2g}"
+
+
+def _print_differences(results: dict, config: dict, control: Path) -> None:
+    """Seed by seed: seed s has the same start and the same batches in every run."""
+    try:
+        theirs, its = (json.loads((control / f).read_text("utf-8")) for f in FINISHED)
+        entries = {name: theirs[name]["final_info_dict"] for name in results if name in theirs}
+        if its["sha256"][FINISHED[0]] != file_sha256(control / FINISHED[0]):
+            return say(f"differences to {control.name}: none, its final_info.json was changed")
+        other = [name for name in ALIKE if its[name] != json.loads(json.dumps(config[name]))]
+    except FileNotFoundError:
+        return say(f"differences to {control.name}: none, it has not been run beside this one")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return say(f"differences to {control.name}: none, its files are damaged ({error!r})")
+    if other:
+        return say(f"differences to {control.name}: none, NOT COMPARABLE (other {other})")
+    for name, values in entries.items():
+        own = results[name]["final_info_dict"]
+        for metric in COMPARED:
+            pairs = list(zip(own.get(metric, ()), values.get(metric, ()), strict=False))
+            if pairs and not any(None in pair for pair in pairs):
+                found = [a - b for a, b in pairs]
+                text = _with_error(mean_or_none(found), stderr_or_none(found), "+")
+                say(f"{name}: {metric} less {control.name}'s, {len(found)} seeds: {text}")
+    return None

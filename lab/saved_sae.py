@@ -1,102 +1,159 @@
-"""Saved SAEs: SAELens' layout, saving, loading, read-outs."""
+"""Saved SAEs: they compute with the code that was trained, in residual-stream units.
+
+A folder has SAELens' layout, and sae_lens.SAE.load_from_disk reads it.  What it returns holds the
+trained SAE itself and converts units: x -> scale x on the way in, f -> f ||W_dec,i|| / scale on the
+way out.  SAE-Bench's absorption is only meaningful in those units, with unit decoder rows.
+"""
 
 import copy
 import importlib.metadata
-import importlib.util
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from safetensors.torch import save_file
 
+from lab.activations import Calibration
 from lab.language_model import LanguageModel
+from lab.process import ExperimentError, require
 from lab.scales import Scale
-from lab.storage import file_sha256, json_text, write_atomically
+from lab.storage import file_sha256, json_text, save_tensors, write_atomically
+
+ARCHITECTURE = "cosine_blend"
+Build = Callable[..., torch.nn.Module]  # (d_in=, d_sae=, **settings): the SAE of one seed
+_builds: dict[str, Build] = {}  # by the fingerprint of the experiment they stand in
 
 
-def register_with_sae_lens() -> type:
-    """Teach SAELens "cosine_blend", so that sae_lens.SAE.load_from_disk reads our folders.
+class Trained(Protocol):
+    """What is asked of a trainer: the SAEs of one layer, all seeds stacked."""
 
-    Returns the class.  Its parameters are those BlendedSAE.export() writes, for one SAE; it takes
-    raw residual-stream activations [..., D].
+    layer: int
+    units: Calibration
+    sae: torch.nn.Module  # encode(x, alphas, dtype), decode(f), linear_encoder(alphas), b_enc
+
+    def averaged(self) -> AbstractContextManager:
+        """Inside it `sae` holds the weights that are to be evaluated."""
+
+    def final_alphas(self) -> list[float]:
+        """The blend of each seed at the end of training."""
+
+
+def register(experiment: str, build: Build) -> type:
+    """Let sae_lens.SAE.load_from_disk read the SAEs that the code of this fingerprint trained.
+
+    Returns SAELens' class for them.
     """
     from sae_lens import SAE, SAEConfig, register_sae_class
     from sae_lens.registry import SAE_CLASS_REGISTRY
 
-    if "cosine_blend" in SAE_CLASS_REGISTRY:
-        return SAE_CLASS_REGISTRY["cosine_blend"][0]
+    _builds[experiment] = build
+    if ARCHITECTURE in SAE_CLASS_REGISTRY:
+        return SAE_CLASS_REGISTRY[ARCHITECTURE][0]
 
     @dataclass
-    class CosineBlendSAEConfig(SAEConfig):
-        alpha: float = 1.0
-        cosine_scale: float = 1.0
-        norm_exponent: float = 0.0
+    class SavedSAEConfig(SAEConfig):
+        experiment: str = ""  # fingerprint of the code that trained it
+        settings: dict = field(default_factory=dict)  # what that code builds the SAE from
+        activation_scale: float = 1.0  # training saw residuals times this
+        alpha: float = 1.0  # at the end of training
 
         @classmethod
         def architecture(cls) -> str:
-            return "cosine_blend"
+            return ARCHITECTURE
 
-    class CosineBlendSAE(SAE):
-        """One exported BlendedSAE: k is cosine_scale and e norm_exponent there."""
+    class SavedSAE(SAE):
+        """One trained SAE for raw residual-stream activations [..., D].
+
+        W_enc [D, F], W_dec [F, D] (unit rows), b_enc [F] and b_dec [D] are SAELens' in meaning and
+        in residual-stream units, made from the trained SAE: relu((x - b_dec) @ W_enc + b_enc) are
+        the latents of a linear encoder (alpha = 1), and those of a blend at tokens whose distance
+        from b_dec is the usual one.  SAELens' hook_sae_acts_pre is not called: what comes before
+        the activation function is the trained code's own business.
+        """
 
         def initialize_weights(self) -> None:
-            super().initialize_weights()
-            F, like = self.cfg.d_sae, {"dtype": self.dtype, "device": self.device}
-            self.W_enc = torch.nn.Parameter(self.W_dec.data.T.clone().contiguous())
-            self.b_enc = torch.nn.Parameter(torch.zeros(F, **like))
-            self.gate = torch.nn.Parameter(torch.ones(F, **like))
+            cfg = self.cfg
+            require(
+                cfg.experiment in _builds,
+                f"this SAE was trained by another experiment.py (fingerprint {cfg.experiment!r}; "
+                f"here {', '.join(_builds)}) and is only read by that: the one in its run's own "
+                "folder imports as a module, say `import sys; sys.path.insert(0, 'run_1'); import "
+                "experiment; experiment.register_with_sae_lens()`",
+            )
+            with torch.device("cpu"):
+                self.trained = _builds[cfg.experiment](
+                    d_in=cfg.d_in, d_sae=cfg.d_sae, **cfg.settings
+                )
+            for name in ("W_enc", "W_dec", "b_enc", "b_dec", "latent_units"):
+                self.register_buffer(name, torch.empty(0), persistent=False)
+            self.convert_units_()
+
+        @torch.no_grad()
+        def convert_units_(self, rows_at_once: int = 2048) -> None:
+            """W_enc, W_dec, b_enc and b_dec from the trained SAE as it stands."""
+            sae, scale = self.trained, self.cfg.activation_scale
+            like = next(sae.parameters())
+            zeros = torch.zeros(1, 1, self.cfg.d_sae, dtype=like.dtype, device=like.device)
+            rows = []  # of the decoder: the derivative of decode() by each latent, which is exact
+            for chosen in torch.arange(self.cfg.d_sae, device=like.device).split(rows_at_once):
+                one_each = torch.nn.functional.one_hot(chosen, self.cfg.d_sae).to(like.dtype)[None]
+                nothing = zeros.expand_as(one_each).clone()
+                rows.append(torch.func.jvp(sae.decode, (nothing,), (one_each,))[1][0])
+            W_dec = torch.cat(rows).float()
+            norm_F = W_dec.norm(dim=-1).clamp_min(1e-8)
+            found = {
+                "W_dec": W_dec / norm_F[:, None],
+                "b_dec": sae.decode(zeros)[0, 0].float() / scale,
+                "W_enc": sae.linear_encoder([self.cfg.alpha])[0].float() * norm_F,
+                "b_enc": sae.b_enc[0].float() * norm_F / scale,
+                "latent_units": norm_F / scale,
+            }
+            for name, value in found.items():
+                setattr(self, name, value.to(like.dtype))
+
+        def process_state_dict_for_loading(self, state_dict: dict) -> None:
+            # SAELens reads all of a file in one dtype, whole numbers too.
+            for name, own in self.trained.state_dict(prefix="trained.").items():
+                if name in state_dict and not own.is_floating_point():
+                    state_dict[name] = state_dict[name].to(own.dtype)
+
+        def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+            found = super().load_state_dict(state_dict, strict=strict, assign=assign)
+            self.convert_units_()
+            return found
+
+        def fold_W_dec_norm(self) -> None:
+            """Nothing to do: the rows are unit."""
 
         def encode(self, x: torch.Tensor) -> torch.Tensor:
             return self.encode_at(x, [self.cfg.alpha])[0]
 
         def encode_at(self, x: torch.Tensor, alphas: list[float]) -> list[torch.Tensor]:
-            """encode() at several alphas, all of them for one large matmul."""
-            x_c = self.process_sae_in(x)  # centres on b_dec
-            score = x_c @ self.W_enc
-            r = x_c.norm(dim=-1, keepdim=True).clamp_min(1e-8)
-            token = self.cfg.cosine_scale * r ** (self.cfg.norm_exponent - 1)
-            unit = self.gate / self.W_enc.norm(dim=0).clamp_min(1e-8)
-            gains = (a * self.gate + (1 - a) * token * unit for a in alphas)
-            z = (self.hook_sae_acts_pre(torch.addcmul(self.b_enc, score, g)) for g in gains)
-            return [self.hook_sae_acts_post(z_a.relu()) for z_a in z]
+            """encode() at several alphas: one SAE's weights go with all of them, so the trained
+            code gives latents [alphas, B, F] for one large matmul."""
+            x = self.hook_sae_input(x.to(self.dtype))
+            rows = x.reshape(-1, x.shape[-1]) * self.cfg.activation_scale
+            f = self.trained.encode(rows, alphas, self.dtype) * self.latent_units
+            return [self.hook_sae_acts_post(one.reshape(*x.shape[:-1], -1)) for one in f]
 
         def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:
-            return self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
+            f = (feature_acts / self.latent_units).reshape(1, -1, self.cfg.d_sae)
+            x_hat = self.trained.decode(f)[0] / self.cfg.activation_scale
+            shape = *feature_acts.shape[:-1], self.cfg.d_in
+            return self.hook_sae_recons(x_hat.to(self.dtype).reshape(shape))
 
-    register_sae_class("cosine_blend", CosineBlendSAE, CosineBlendSAEConfig)
-    return CosineBlendSAE
-
-
-def sae_lens_config(lm: LanguageModel, scale: Scale, layer: int, blend: dict) -> dict:
-    """cfg.json of an exported SAE, as SAELens lays it out."""
-    return {
-        "architecture": "cosine_blend",
-        "d_in": lm.d_in,
-        "d_sae": scale.d_sae,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        **blend,
-        "metadata": {
-            "model_name": lm.name,
-            "hook_name": f"blocks.{layer}.hook_resid_post",
-            "hook_layer": layer,
-            "context_size": scale.context_length,
-            "prepend_bos": True,
-            "sae_lens_version": importlib.metadata.version("sae-lens"),
-        },
-    }
+    register_sae_class(ARCHITECTURE, SavedSAE, SavedSAEConfig)
+    return SavedSAE
 
 
 def load_sae(folder: Path):
-    """A saved SAE as SAELens loads it."""
+    """A saved SAE in the way a user loads it.  Raises ExperimentError if other code trained it than
+    what has been registered."""
     import sae_lens
 
-    register_with_sae_lens()
-    return sae_lens.SAE.load_from_disk(folder)
+    return sae_lens.SAE.load_from_disk(folder).requires_grad_(False)
 
 
 def read_out(sae, alpha: float):
@@ -107,17 +164,125 @@ def read_out(sae, alpha: float):
     return swapped
 
 
-def save_saes(scale: Scale, lm: LanguageModel, trainers: Iterable, folder: Path) -> dict:
-    """Every seed's SAE in SAELens' layout, raw weights beside it; returns {folder: hash}."""
-    hashes = {}
+def latents_at_once(saes: Iterable, x_BD: torch.Tensor) -> Iterator[tuple]:
+    """(sae, its latents [B, F]); read-outs of the same weights share one large matmul."""
+    alike: dict[int, list] = {}
+    for sae in saes:
+        alike.setdefault(id(getattr(sae, "trained", sae)), []).append(sae)
+    for first, *others in alike.values():
+        x = x_BD.to(first.dtype)
+        if not others:
+            yield first, first.encode(x)
+            continue
+        found = first.encode_at(x, [sae.cfg.alpha for sae in (first, *others)])
+        yield from zip((first, *others), found, strict=True)
+
+
+def of_one_seed(sae: torch.nn.Module, seed: int, n_seeds: int) -> dict[str, torch.Tensor]:
+    """What a saved SAE loads: the trained one's whole state, of one seed.  A tensor whose first
+    dimension is not that of the seeds belongs to all of them."""
+    return {
+        f"trained.{name}": (t[seed : seed + 1] if t.dim() and len(t) == n_seeds else t)
+        .detach()
+        .to("cpu", copy=True)
+        .contiguous()
+        for name, t in sae.state_dict().items()
+    }
+
+
+def save_saes(
+    scale: Scale,
+    lm: LanguageModel,
+    trainers: Iterable[Trained],
+    folder: Path,
+    run_name: str,
+    experiment: str,
+    settings: dict,
+) -> dict[int, dict[str, Path]]:
+    """Every seed's SAE in SAELens' layout, raw weights beside it.
+
+    Returns {layer: {name: folder}}, in the order of the seeds; a name ends with the weights' hash,
+    so that nothing of other weights is ever taken for theirs.
+    """
+    saved: dict[int, dict[str, Path]] = {}
     for trainer in trainers:
-        for seed in range(scale.n_seeds):
+        for seed, alpha in enumerate(trainer.final_alphas()):
             target = folder / f"layer_{trainer.layer}_seed_{seed}"
             target.mkdir(parents=True, exist_ok=True)
-            weights, blend = trainer.export(seed, averaged=True)
-            save_file(weights, target / "sae_weights.safetensors")
-            save_file(trainer.export(seed, averaged=False)[0], target / "raw.safetensors")
-            config = sae_lens_config(lm, scale, trainer.layer, blend)
+            raw = of_one_seed(trainer.sae, seed, scale.n_seeds)
+            save_tensors(raw, target / "raw.safetensors")
+            with trainer.averaged():
+                weights = of_one_seed(trainer.sae, seed, scale.n_seeds)
+            save_tensors(weights, target / "sae_weights.safetensors")
+            config = {
+                "architecture": ARCHITECTURE,
+                "d_in": lm.d_in,
+                "d_sae": scale.d_sae,
+                "dtype": "float32",
+                "device": "cpu",
+                "apply_b_dec_to_input": True,
+                "normalize_activations": "none",
+                "reshape_activations": "none",
+                "experiment": experiment,
+                "settings": settings,
+                "activation_scale": trainer.units.scale,
+                "alpha": alpha,
+                "metadata": {
+                    "model_name": lm.name,
+                    "hook_name": f"blocks.{trainer.layer}.hook_resid_post",
+                    "hook_layer": trainer.layer,
+                    "context_size": scale.context_length,
+                    "prepend_bos": True,
+                    "sae_lens_version": importlib.metadata.version("sae-lens"),
+                },
+            }
             write_atomically(target / "cfg.json", json_text(config))
-            hashes[target.name] = file_sha256(target / "sae_weights.safetensors")
-    return hashes
+            digest = file_sha256(target / "sae_weights.safetensors")
+            saved.setdefault(trainer.layer, {})[f"{run_name}_{target.name}_{digest[:12]}"] = target
+    return saved
+
+
+@torch.no_grad()
+def check_saved(
+    trainer: Trained, folder: Path, seed: int, rows_BD: torch.Tensor, allowed: float = 1e-5
+) -> dict[str, float]:
+    """How far a saved SAE, loaded as a user loads it, is from the one that was trained: relative
+    errors in float32 on residuals, of latents, firing latents, and reconstructions.
+
+    Raises ExperimentError above `allowed`: nothing that does not compute what was trained may be
+    evaluated.
+    """
+    scale, device = trainer.units.scale, next(trainer.sae.parameters()).device
+    sae, rows_BD = load_sae(folder).to(device), rows_BD.float().to(device)
+    with trainer.averaged():
+        trained_f = trainer.sae.encode(rows_BD * scale, trainer.final_alphas(), torch.float32)
+        trained_x_hat = trainer.sae.decode(trained_f)[seed] / scale
+    trained_f = trained_f[seed] * sae.latent_units
+    f = sae.encode(rows_BD)
+    flipped = (f > 0) != (trained_f > 0)
+    flipped &= (f - trained_f).abs() > allowed * trained_f.abs().max()  # more than rounding
+    some = rows_BD[:64]
+    errors = {
+        "latents": _relative(f, trained_f),
+        "L0": flipped.sum().item() / max(1, (trained_f > 0).sum().item()),
+        "reconstructions": _relative(sae.decode(f), trained_x_hat),
+        "f @ W_dec + b_dec": _relative(f @ sae.W_dec + sae.b_dec, trained_x_hat),
+        "latents read out with alpha 0 and 1 at once": max(
+            _relative(both, sae.encode_at(some, [alpha])[0])
+            for both, alpha in zip(sae.encode_at(some, [0.0, 1.0]), (0.0, 1.0), strict=True)
+        ),
+    }
+    for what, error in errors.items():
+        if not error <= allowed:
+            raise ExperimentError(
+                f"the SAE saved as {folder.name} does not compute what was trained: its {what} "
+                f"differ by {error:.2g} (relative, on held-out rows; {allowed:g} is allowed): all "
+                "that encode() and decode() use must be a parameter or a buffer of the SAE or "
+                "follow from its run and recipe, and decode() must be linear in the latents; "
+                "nothing was evaluated"
+            )
+    return errors
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm().clamp_min(1e-12)).item()

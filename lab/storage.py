@@ -1,6 +1,7 @@
 """Files that can be trusted later: checksums, atomic writes, the cache, remembered results."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -13,7 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+from lab.identity import code_behind
 from lab.process import say
 
 
@@ -40,6 +44,16 @@ def write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def save_tensors(
+    tensors: dict[str, torch.Tensor], path: Path, metadata: dict | None = None
+) -> None:
+    """safetensors' save_file(), whose errors do not say which file it was."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from error
+
+
 def remembered(path: Path, compute: Callable[[], object], beside: Path | None = None) -> object:
     """compute(), as JSON has it: kept in a file with its checksum, and read back from there as long
     as the files that compute() wrote to the folder `beside` are what they were."""
@@ -62,6 +76,17 @@ def remembered(path: Path, compute: Callable[[], object], beside: Path | None = 
     return value
 
 
+def disjoint(*parts: dict, **more: object) -> dict:
+    """Dictionaries as one.  Raises ValueError for a name they share: one would lose its value, and
+    a key would no longer tell two contents apart."""
+    whole: dict = {}
+    for part in (*parts, more):
+        if shared := whole.keys() & part.keys():
+            raise ValueError(f"a key would lose one of two values of {', '.join(sorted(shared))}")
+        whole |= part
+    return whole
+
+
 def cache_root() -> Path:
     return Path(os.environ.get("COSINE_SAE_CACHE") or "~/.cache/cosine-sae").expanduser()
 
@@ -69,10 +94,12 @@ def cache_root() -> Path:
 def cached(kind: str, key: dict, build: Callable[[Path], None]) -> Path:
     """The folder holding what `build(folder)` writes: made once per key, then reused by every run.
 
-    `key` names everything the content depends on.  An entry appears under its name only when it is
-    whole, with a manifest of SHA-256 sums that is checked on every use; a damaged one is rebuilt.
-    A lock makes concurrent runs build it once.
+    `key` names everything the content depends on but the code: the fingerprint of the room that
+    `build` stands in, and of those it uses, is added here.  An entry appears under its name only
+    when it is whole, with a manifest of SHA-256 sums that is checked on every use; a damaged one is
+    rebuilt.  A lock makes concurrent runs build it once.
     """
+    key = disjoint(key, code=code_behind(build.__module__))
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     entry = cache_root() / kind / name
     entry.parent.mkdir(parents=True, exist_ok=True)

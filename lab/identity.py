@@ -1,0 +1,70 @@
+"""What code made this: fingerprints of the experiment, of the laboratory, and of single rooms.
+
+A fingerprint changes when the code does, not when a comment, a docstring or a blank line does.
+Whatever is kept for later carries one: a run, a saved SAE, an entry of the cache.
+"""
+
+import ast
+import hashlib
+import sys
+from functools import cache
+from pathlib import Path
+
+LAB = Path(__file__).resolve().parent
+SHOWING = ("report", "runs")  # rooms that only show what runs wrote: plot.py's, no run uses them
+PLUMBING = ("process", "storage", "identity")  # they keep and say things, and make none of them
+TABLES = ("RUNS", "RECIPES", "SCALES")  # their rows are values, and values stand in config.json
+
+
+def _code(text: str) -> str:
+    """Python without comments, docstrings, and the rows of TABLES."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+            node.body[:1] = [] if len(node.body) > 1 else [ast.Pass()]
+    for node in tree.body:
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        named = any(isinstance(target, ast.Name) and target.id in TABLES for target in targets)
+        if named and isinstance(getattr(node, "value", None), ast.Dict):
+            node.value = ast.Dict([], [])
+    return ast.unparse(tree)
+
+
+@cache
+def fingerprint(*paths: Path) -> str:
+    """Of the code in these files, 16 hexadecimal digits; read once in the life of a process."""
+    codes = sorted((path.name, _code(path.read_text(encoding="utf-8"))) for path in paths)
+    return hashlib.sha256(repr(codes).encode()).hexdigest()[:16]
+
+
+def experiment_fingerprint(script: str | Path) -> str:
+    """Of experiment.py, or of the copy in a run's folder: the same for the same code."""
+    return fingerprint(Path(script).resolve())
+
+
+def laboratory_fingerprint() -> str:
+    """Of every room that a run can use."""
+    return fingerprint(*sorted(p for p in LAB.glob("*.py") if p.stem not in SHOWING))
+
+
+@cache
+def imported_rooms(path: Path) -> frozenset[Path]:
+    """The rooms that a file imports, anywhere in it, and those that they import."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "lab":
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lab."):
+            names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            names.update(a.name.split(".")[1] for a in node.names if a.name.startswith("lab."))
+    rooms = {LAB / f"{name}.py" for name in names}
+    return frozenset(rooms.union(*map(imported_rooms, rooms)))
+
+
+def code_behind(module: str) -> str:
+    """Fingerprint of a module and of the rooms it uses: what the module makes depends on it."""
+    path = Path(sys.modules[module].__file__).resolve()
+    makers = (room for room in imported_rooms(path) if room.stem not in PLUMBING)
+    return fingerprint(path, *sorted(makers))
