@@ -41,24 +41,14 @@ from lab import saved_sae
 from lab.absorption import first_letter_probes
 from lab.activations import ActivationStream, Calibration
 from lab.checkpoints import Checkpoints, Keeper, TrainingLog
+from lab.devices import Ranks, training_device
 from lab.evaluation import check_all, evaluate
 from lab.folders import begin, chosen_run, finish, is_finished
 from lab.identity import experiment_fingerprint
 from lab.language_model import LanguageModel, load_language_model
 from lab.online_absorption import OnlineAbsorption, online_absorption
 from lab.preflight import preflight
-from lab.process import (
-    Clock,
-    Interrupted,
-    Ranks,
-    Signals,
-    locked,
-    progress_bar,
-    require,
-    say,
-    told,
-    training_device,
-)
+from lab.process import Clock, Interrupted, Signals, locked, progress_bar, require, say, told
 from lab.results import print_summary
 from lab.saved_sae import save_saes
 from lab.scales import Scale, choose_scale, refuse_bad_numbers
@@ -538,8 +528,8 @@ class Trainer:
             shape = tuple(p.shape)
             require(
                 shape[:1] == (S,),
-                f"BlendedSAE.{parameter} has shape {shape}: its first dimension must be that of the "
-                f"{S} seeds, which are trained side by side and never mix",
+                f"BlendedSAE.{parameter} has shape {shape}: the first dimension must be that of "
+                f"the {S} seeds, which are trained side by side and never mix",
             )
         self.sae = sae.to(self.device)
         trained = [p for p in self.sae.parameters() if p.requires_grad]

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 
+from lab.devices import Ranks
 from lab.language_model import LanguageModel
-from lab.process import ExperimentError, Ranks, require
+from lab.process import ExperimentError, require
 from lab.scales import Scale
 from lab.seeds import seed_for
 from lab.storage import cached, disjoint, save_tensors, tensor_sha256

@@ -14,8 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from lab.devices import Ranks
 from lab.metrics import mean_or_none
-from lab.process import ExperimentError, Interrupted, Ranks, Signals, say
+from lab.process import ExperimentError, Interrupted, Signals, say
 from lab.storage import file_sha256, json_text, save_tensors
 
 

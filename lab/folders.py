@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
+from lab.devices import processor
 from lab.identity import laboratory_fingerprint
-from lab.process import Clock, ExperimentError, processor, require
+from lab.process import Clock, ExperimentError, require
 from lab.storage import file_sha256, json_text, versions, write_atomically
 from lab.work import Work, remove_work
 

@@ -12,7 +12,12 @@ from pathlib import Path
 
 LAB = Path(__file__).resolve().parent
 SHOWING = ("report", "runs")  # rooms that only show what runs wrote: plot.py's, no run uses them
-PLUMBING = ("process", "storage", "identity")  # they keep and say things, and make none of them
+PLUMBING = (
+    "process",
+    "devices",
+    "storage",
+    "identity",
+)  # they keep and say things, and make none of them
 TABLES = ("RUNS", "RECIPES", "SCALES")  # their rows are values, and values stand in config.json
 
 

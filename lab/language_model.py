@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from lab.process import device_kind, quiet_transformers, require, say, training_device
+from lab.devices import device_kind, training_device
+from lab.process import quiet_transformers, require, say
 from lab.scales import Scale
 from lab.smollm2 import smollm2_folder
 from lab.storage import disjoint, file_sha256, versions

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from lab.process import require, training_device
+from lab.devices import training_device
+from lab.process import require
 from lab.scales import Scale
 from lab.storage import cache_root
 

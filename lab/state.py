@@ -13,7 +13,8 @@ from dataclasses import fields, is_dataclass, replace
 import numpy as np
 import torch
 
-from lab.process import ExperimentError, training_device
+from lab.devices import training_device
+from lab.process import ExperimentError
 
 PLAIN = (bool, int, float, str, type(None))
 # Made anew by whoever makes their owner, and the same ever after.

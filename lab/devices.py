@@ -1,0 +1,105 @@
+"""Where a run computes: its GPU or kind of CPU, and the processes that train together."""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lab.process import require
+
+
+def training_device() -> torch.device:
+    """This process's GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16")  # the best first
+
+
+def processor() -> tuple[str, str]:
+    """The CPU: (model, the best of BFLOAT16_UNITS it has, or "no_bf16"; "unknown" off Linux).
+
+    bfloat16 products are rounded in another order by other units, so runs of two kinds of CPU
+    differ in their last digits, and then in more.
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine(), "unknown"
+    about = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    about = {name.strip(): value.strip() for name, value in about.items()}
+    flags = about.get("flags", "").split()
+    units = next((unit for unit in BFLOAT16_UNITS if unit in flags), "no_bf16")
+    return about.get("model name", platform.machine()), units
+
+
+def device_kind() -> str:
+    """What rounds this process's products: "cuda", or the kind of CPU."""
+    return "cuda" if torch.cuda.is_available() else f"cpu {processor()[1]}"
+
+
+class Ranks:
+    """The processes that train together under torchrun; for a single one all of it is a no-op."""
+
+    rebuilt = True  # no state of training: a checkpoint need not hold it
+
+    def __init__(self):
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.world > 1:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(training_device())
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+    def lanes(self, n_lanes: int) -> range:
+        """This process's lanes of the text."""
+        require(
+            n_lanes % self.world == 0,
+            f"{self.world} processes cannot share {n_lanes} lanes of text evenly: start a number "
+            f"that divides {n_lanes}",
+        )
+        mine = n_lanes // self.world
+        return range(self.rank * mine, (self.rank + 1) * mine)
+
+    def part(self) -> None:
+        """The end of what is done together."""
+        if self.world > 1:
+            dist.destroy_process_group()
+
+    def average_(self, *tensors: torch.Tensor) -> None:
+        """Each tensor becomes its mean over the processes."""
+        for tensor in tensors if self.world > 1 else ():
+            dist.all_reduce(tensor)
+            tensor.div_(self.world)
+
+    def largest_(self, tensor: torch.Tensor) -> None:
+        if self.world > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+
+    def smallest(self, number: int) -> int:
+        return min(self.gathered(number))
+
+    def joined(self, rows: torch.Tensor) -> torch.Tensor:
+        """Everybody's rows, by rank."""
+        if self.world == 1:
+            return rows
+        return torch.cat(self.gathered(rows.cpu())).to(rows.device)
+
+    def gathered(self, value: object) -> list:
+        """Everybody's value, by rank."""
+        values = [value]
+        if self.world > 1:
+            values = [None] * self.world
+            dist.all_gather_object(values, value)
+        return values
+
+    def first(self, value: object) -> object:
+        """The first process's value, in all of them."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
