@@ -11,13 +11,10 @@ from functools import cache
 from pathlib import Path
 
 LAB = Path(__file__).resolve().parent
-SHOWING = ("report", "runs")  # rooms that only show what runs wrote: plot.py's, no run uses them
-PLUMBING = (
-    "process",
-    "devices",
-    "storage",
-    "identity",
-)  # they keep and say things, and make none of them
+# Rooms that only show what runs wrote: plot.py's, no run uses them.
+SHOWING = ("drawing", "report", "runs")
+# These keep things and say things, and make none of them.
+PLUMBING = ("process", "devices", "storage", "identity")
 TABLES = ("RUNS", "RECIPES", "SCALES")  # their rows are values, and values stand in config.json
 
 

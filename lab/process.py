@@ -143,7 +143,7 @@ def told(error: BaseException, experiment: str) -> int:
         return _complain(f"stopped by {what}: {AGAIN} to go on from where it stood", status)
     if isinstance(error, ExperimentError):
         return _complain(str(error))
-    theirs = _raised_in(error) == Path(experiment).resolve()
+    theirs = _raised_in(error, Path(experiment).resolve()) == "experiment"
     if memory := _of_memory(error):
         if theirs:
             traceback.print_exception(error)
@@ -159,12 +159,13 @@ def _complain(message: str, status: int = 1) -> int:
     return status
 
 
-def _raised_in(error: BaseException) -> Path | None:
-    """The innermost file of this project in an error's traceback: the experiment or a room."""
-    own = Path(__file__).resolve().parent
-    files = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
-    files = [f.resolve() for f in files if f.suffix == ".py" and "site-packages" not in f.parts]
-    return next((f for f in reversed(files) if f.parent in (own, own.parent)), None)
+def _raised_in(error: BaseException, experiment: Path) -> str:
+    """Whose innermost line stands in an error's traceback: the experiment's or the laboratory's."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        path = Path(frame.f_code.co_filename).resolve()
+        if path == experiment or path.parent == Path(__file__).resolve().parent:
+            return "experiment" if path == experiment else "laboratory"
+    return "nobody"
 
 
 def _reason(error: BaseException) -> str:
