@@ -1,0 +1,1 @@
+"""The laboratory: what must be the same for every run.  Each room has one subject."""
