@@ -54,6 +54,7 @@ KS = (1, 2, 5, 10, 20, 50)
 GROUPS = {
     "stability": {
         "loss_roughness": ("roughness", "↓", "sd of log raw loss around its running median"),
+        "mse_roughness": ("mse roughness", "↓", "sd of log raw mse around its running median"),
         "loss_spikes": ("spikes", "↓", "steps whose raw loss is over 1.5 running medians"),
         "grad_norm_cv": ("grad CV", "↓", "sd / mean of the gradient norm"),
         "decoder_pw_mcc": ("PW-MCC", "↑", "mean |cosine| of two seeds' matched decoder rows"),
@@ -131,8 +132,8 @@ def schedules(arms: list[Arm]):
 def online_absorption(arms: list[Arm]):
     """Absorption of the live weights in training, on the words SAE-Bench trains its probe on."""
     figure, (upper, lower, _) = stack("Online absorption", arms, [1.9, 1.9])
-    curves(upper.subplots(), arms, "online_absorption", "absorption fraction ↓")
-    curves(lower.subplots(), arms, "online_full_absorption", "full absorption ↓")
+    curves(upper.subplots(), arms, "online_absorption_fraction", "absorption fraction ↓")
+    curves(lower.subplots(), arms, "online_absorption_full", "full absorption ↓")
     return figure
 
 

@@ -104,11 +104,11 @@ def rank_correlation(pairs: list[Value]) -> float | None:
 
 def online_table(arms: list[Arm]) -> Table:
     lines = [["", "runs", "Spearman rank correlation"]]
-    for title, online, final in (
-        ("full absorption", "online_full_absorption", "absorption_full"),
-        ("absorption fraction", "online_absorption", "absorption_fraction"),
+    for title, name in (
+        ("full absorption", "absorption_full"),
+        ("absorption fraction", "absorption_fraction"),
     ):
-        pairs = [(arm.value(online)[0], arm.value(final)[0]) for arm in arms]
+        pairs = [(arm.value(f"online_{name}")[0], arm.value(name)[0]) for arm in arms]
         pairs = [pair for pair in pairs if np.isfinite(pair).all()]
         found = rank_correlation(pairs)
         lines.append([title, str(len(pairs)), "null" if found is None else f"{found:.2f}"])

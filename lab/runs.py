@@ -16,6 +16,11 @@ from pathlib import Path
 import numpy as np
 
 READ_OUT = ", read out with alpha = "
+# Two metrics had other names when results/laptop was made; they now agree with absorption_*.
+RENAMED = {
+    "online_absorption": "online_absorption_fraction",
+    "online_full_absorption": "online_absorption_full",
+}
 # These compare seeds with each other: they are one number, with no error over the seeds.
 BETWEEN_SEEDS = ("_over_seeds", "_rank_correlation", "_pw_mcc", "_pw_mcc_null")
 
@@ -49,7 +54,9 @@ class Arm:
         return self.name if self.label == self.name else f"{self.name} {self.label}"
 
     def value(self, metric: str) -> Value:
-        mean, error = self.entry["means"].get(metric), self.entry["stderrs"].get(metric)
+        """From the seeds where the run kept them, since "means" is rounded."""
+        seeds, error = self.seeds(metric), self.entry["stderrs"].get(metric)
+        mean = seeds.mean() if len(seeds) else self.entry["means"].get(metric)
         return tuple(np.array([mean, None if metric.endswith(BETWEEN_SEEDS) else error], float))
 
     def seeds(self, metric: str) -> np.ndarray:
@@ -82,12 +89,17 @@ def as_written(path: Path) -> str:
     return content.decode("utf-8")
 
 
+def parsed(text: str) -> dict | list:
+    """JSON of a run, whose metrics have today's names whenever it was written."""
+    return json.loads(text, object_hook=lambda o: {RENAMED.get(k, k): v for k, v in o.items()})
+
+
 def found_runs(folder: Path) -> dict[str, dict]:
     """final_info.json of every finished run, in natural order; others are named and passed over."""
     runs = {}
     for path in sorted(filter(Path.is_dir, folder.glob("run_*")), key=lambda p: natural(p.name)):
         try:
-            info = json.loads(as_written(path / "final_info.json"))
+            info = parsed(as_written(path / "final_info.json"))
             for entry in info.values():  # the contract: numbers or nulls under "means"
                 np.array(list(entry["means"].values()), dtype=float)
             runs[path.name] = info
@@ -103,7 +115,7 @@ def read_optional(path: Path, otherwise: list | dict) -> list | dict:
     try:
         text = as_written(path)
         lines = path.suffix == ".jsonl"
-        found = json.loads(f"[{','.join(text.splitlines())}]" if lines else text)
+        found = parsed(f"[{','.join(text.splitlines())}]" if lines else text)
         if type(found) is not type(otherwise) or (lines and not all("layer" in r for r in found)):
             raise ValueError("it is not what a run writes")
         return found

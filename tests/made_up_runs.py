@@ -20,12 +20,15 @@ HOSTILE = "<script>document.title='broken'</script> & co"
 
 
 def entry(**per_seed) -> dict:
-    """An entry of final_info.json from one value per seed of each metric."""
+    """An entry of final_info.json from one value per seed of each metric.
+
+    As a run writes it: "means" are rounded to four digits, the seeds are not.
+    """
     values = {name: list(seeds) for name, seeds in per_seed.items()}
     n = {name: len(seeds) for name, seeds in values.items()}
     missing = {name: None in seeds for name, seeds in values.items()}
     return {
-        "means": {m: None if missing[m] else float(np.mean(v)) for m, v in values.items()},
+        "means": {m: None if missing[m] else float(f"{np.mean(v):.4g}") for m, v in values.items()},
         "stderrs": {
             m: None if missing[m] or n[m] < 2 else float(np.std(v, ddof=1) / math.sqrt(n[m]))
             for m, v in values.items()
@@ -41,11 +44,14 @@ def usual_entry(level: float = 0.0, seeds: int = 3, tasks=("code", "news")) -> d
         return [centre + level + 0.01 * s for s in range(seeds)]
 
     metrics = {f"probing_top_{k}": around(0.6 + 0.02 * i) for i, k in enumerate(KS)}
+    metrics |= {"probing_all_latents": around(0.8), "probing_top_1_sd_over_tasks": around(0.1)}
     metrics |= {f"lm_top_{k}": [0.55 + 0.04 * i] * seeds for i, k in enumerate(KS)}
-    names = "absorption_full absorption_fraction fvu dead ce_recovered loss_roughness grad_norm_cv"
+    names = "absorption_full absorption_fraction fvu dead ce_recovered grad_norm_cv"
+    names += " loss_roughness mse_roughness"
     metrics |= {name: around(0.2) for name in names.split()}
     metrics |= {"l0": around(36), "loss_spikes": [0.0] * seeds, "decoder_pw_mcc": [0.4] * seeds}
-    metrics |= {"online_absorption": around(0.1), "online_full_absorption": around(0.1)}
+    metrics |= {f"online_absorption_{kind}": around(0.1) for kind in ("full", "fraction")}
+    metrics |= {"l0_target": [36.0] * seeds, "training_steps": [40] * seeds}
     letters = {letter: around(0.1) for letter in "abc"}
     return entry(**metrics) | {
         "per_letter": {"absorption_full": letters, "absorption_fraction": letters},
@@ -56,6 +62,19 @@ def usual_entry(level: float = 0.0, seeds: int = 3, tasks=("code", "news")) -> d
     }
 
 
+def read_out_entry(level: float = 0.0, seeds: int = 3) -> dict:
+    """What experiment.py writes of a read-out: only what depends on the alpha read with."""
+    whole = usual_entry(level, seeds)
+    names = [
+        *(f"probing_top_{k}" for k in KS),
+        "probing_all_latents",
+        "probing_top_1_sd_over_tasks",
+    ]
+    for part in ("means", "stderrs", "final_info_dict"):
+        whole[part] = {name: whole[part][name] for name in names}
+    return {part: whole[part] for part in ("means", "stderrs", "final_info_dict", "per_task")}
+
+
 def records(layer: int, steps: int = 40, seeds: int = 3) -> list[dict]:
     def line(step: int) -> dict:
         measured = step % 10 == 0
@@ -64,8 +83,8 @@ def records(layer: int, steps: int = 40, seeds: int = 3) -> list[dict]:
             "layer": layer,
             "step": step,
             "ema_decay": None,
-            "online_absorption": [0.1] * seeds if measured else None,
-            "online_full_absorption": [0.1] * seeds if measured else None,
+            "online_absorption_fraction": [0.1] * seeds if measured else None,
+            "online_absorption_full": [0.1] * seeds if measured else None,
         }
 
     return [line(step) for step in range(steps)]
@@ -104,7 +123,7 @@ def words(svg: Path) -> str:
 def comparison(tmp_path_factory) -> Path:
     """A folder with everything that can be met in one, drawn by the real script."""
     folder = tmp_path_factory.mktemp("runs")
-    read_out = {f"{LAPTOP}, read out with alpha = {a}": usual_entry(0.05 * a) for a in (0, 1)}
+    read_out = {f"{LAPTOP}, read out with alpha = {a}": read_out_entry(0.05 * a) for a in (0, 1)}
     null = usual_entry()
     for name in [name for name in null["means"] if name.startswith("absorption")]:
         null["means"][name] = null["stderrs"][name] = None
@@ -143,7 +162,7 @@ def alone(tmp_path_factory) -> Path:
     """A folder with one run of one seed, drawn by the real script."""
     folder = tmp_path_factory.mktemp("alone")
     info = {LAPTOP: usual_entry(seeds=1)}
-    info[f"{LAPTOP}, read out with alpha = 0"] = usual_entry(seeds=1)
+    info[f"{LAPTOP}, read out with alpha = 0"] = read_out_entry(seeds=1)
     write_run(folder, "run_1", info, records(8, seeds=1))
     found = draw(folder)
     assert (found.returncode, found.stderr) == (0, "")

@@ -103,6 +103,22 @@ def test_read_outs_are_rows_of_their_own_and_never_runs(comparison, summary):
     assert "read as α = 0" not in words(comparison / "probing_laptop_layer_8.svg")
 
 
+def test_a_read_out_carries_probing_alone_and_the_rest_is_missing(summary):
+    row = table(summary, "Read-out check: probing")["run_1 read as α = 0"]
+    assert row["all latents ↑"] == "0.8100 ± 0.0058"
+    assert row["sd over tasks ↓"] == "0.1100 ± 0.0058"
+
+
+def test_the_steadiness_of_the_mse_which_all_runs_have_in_common_is_a_column(summary):
+    row = table(summary, "Results: stability")["run_7 control: vanilla ReLU"]
+    assert row["mse roughness ↓"] == "0.2100 ± 0.0058"
+    row = table(summary, "Differences to run_7: stability")["run_10 learned blend"]
+    assert row["mse roughness ↓"] == "+0.0200 ± 0.0000"
+    assert (
+        "sd of log raw mse" in table(summary, "Metrics")["stability: mse roughness"]["what it is"]
+    )
+
+
 def test_runs_with_other_settings_are_called_not_comparable(summary):
     assert "NOT COMPARABLE: run_10 ran with another training_tokens than run_1." in summary
     assert summary.count("NOT COMPARABLE") == 1

@@ -4,9 +4,11 @@ import math
 
 import numpy as np
 import pytest
-from made_up_runs import LAPTOP, records, usual_entry, write_run
+from made_up_runs import LAPTOP, ROOT, entry, records, usual_entry, write_run
 
 from lab.runs import arms_of, found_runs, mean_and_error
+
+STUDY = ROOT / "results" / "laptop"
 
 
 def load(folder) -> dict:
@@ -27,6 +29,38 @@ def test_a_single_seed_has_no_error_and_a_missing_seed_makes_the_mean_missing():
     assert np.isnan(mean_and_error([])).all()
 
 
+def test_a_mean_comes_from_the_seeds_since_the_one_written_beside_them_is_rounded(tmp_path):
+    written = entry(fvu=[0.2, 0.20001]) | {"stderrs": {"fvu": 5e-6}}
+    written["means"]["mine"] = 0.5  # kept without its seeds
+    write_run(tmp_path, "run_1", {LAPTOP: written})
+    (arm,) = load(tmp_path)[LAPTOP]
+    assert written["means"]["fvu"] == 0.2
+    assert arm.value("fvu") == pytest.approx((0.200005, 5e-6), rel=1e-12)
+    assert arm.value("mine")[0] == 0.5
+    assert np.isnan(arm.value("unheard_of")).all()
+
+
+def test_metrics_have_their_new_names_in_old_runs(tmp_path):
+    old = {"online_absorption": [0.1, 0.3], "online_full_absorption": [0.5, 0.7]}
+    line = {"layer": 8, "step": 0} | old
+    write_run(tmp_path, "run_1", {LAPTOP: entry(**old)}, [line])
+    (arm,) = load(tmp_path)[LAPTOP]
+    for name, mean in (("online_absorption_fraction", 0.2), ("online_absorption_full", 0.6)):
+        assert arm.value(name) == pytest.approx((mean, 0.1))
+        assert arm.entry["means"][name] == pytest.approx(mean)
+        assert arm.series(name)[1] == pytest.approx([mean])
+    assert not old.keys() & {*arm.entry["means"], *arm.entry["stderrs"], *arm.records[0]}
+
+
+def test_the_committed_study_has_its_online_absorption():
+    arms = load(STUDY)["laptop layer 8"]
+    assert arms
+    for arm in arms:
+        for name in ("online_absorption_fraction", "online_absorption_full"):
+            assert np.isfinite(arm.value(name)).all()
+            assert len(arm.series(name)[0]) > 1
+
+
 def test_a_seed_without_a_value_interrupts_its_curve(tmp_path):
     log = records(8)
     log[10]["loss"][1] = None
@@ -38,7 +72,7 @@ def test_a_seed_without_a_value_interrupts_its_curve(tmp_path):
 
 def test_what_is_measured_now_and_then_is_drawn_at_the_steps_it_was_measured(tmp_path):
     write_run(tmp_path, "run_1", {LAPTOP: usual_entry()}, records(8))
-    steps, mean, _ = load(tmp_path)[LAPTOP][0].series("online_absorption")
+    steps, mean, _ = load(tmp_path)[LAPTOP][0].series("online_absorption_fraction")
     assert steps.tolist() == [0, 10, 20, 30]
     assert np.isfinite(mean).all()
 
