@@ -1,8 +1,9 @@
-"""Compare all runs found: figures, tables and one self-contained report.
+"""Compare runs: figures, tables and one self-contained report.
 
     python plot.py          # compares the folders run_* of the current folder
     python plot.py DIR      # those of DIR; what is written then goes there too
 
+Plots the runs that `labels` names; where it names none of those found, all of them.
 Writes each figure as PNG and SVG, summary.md (the tables, which are also printed) and report.html
 (all of it in one file that fetches nothing).  Ten runs of 800 steps and three seeds: 6 seconds.
 
@@ -22,26 +23,36 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from lab.drawing import curves, draw, looks, rows, say, short, stack
 from lab.report import Section, comparison, definitions, titled, write
-from lab.runs import Arm, arms_of, find, found_runs, mean_and_error, task_differences, with_readouts
+from lab.runs import (
+    Arm,
+    arms_of,
+    chosen,
+    find,
+    found_runs,
+    mean_and_error,
+    task_differences,
+    with_readouts,
+)
 
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Labels                                                                                         │
 # └────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 # CREATE LEGEND -- ADD RUNS HERE THAT WILL BE PLOTTED
-# (A run that is not listed is shown too, under the name of its folder.)
+# "run_i": its label, or (its label, the title of the row of RUNS that the label was written for):
+# where another row made the run, the table of runs says so.
 labels = {
     "run_0": "given baseline (0 steps)",
-    "run_1": "blend 0.1→0.9 + EMA",
-    "run_2": "adaptive tightening",
-    "run_3": "α fixed at 0.5",
-    "run_4": "blend in half the time",
-    "run_5": "cosine annealing",
-    "run_6": "exponential approach",
-    "run_7": "control: vanilla ReLU",
-    "run_8": "cosine only",
-    "run_9": "blend without EMA",
-    "run_10": "learned blend",
+    "run_1": ("blend 0.1→0.9 + EMA", "the method: alpha 0.1 -> 0.9 linearly, EMA on"),
+    "run_2": ("adaptive tightening", "alpha and L0 target paced by measured absorption"),
+    "run_3": ("α fixed at 0.5", "ablation: alpha fixed at 0.5"),
+    "run_4": ("blend in half the time", "ablation: alpha 0.1 -> 0.9 in half the time, then held"),
+    "run_5": ("cosine annealing", "ablation: cosine annealing of alpha, 0.1 -> 0.9"),
+    "run_6": ("exponential approach", "ablation: exponential approach of alpha, 0.1 -> 0.9"),
+    "run_7": ("control: vanilla ReLU", "control: the vanilla ReLU SAE (alpha = 1, no EMA)"),
+    "run_8": ("cosine only", "predecessor: cosine only (alpha = 0, no EMA)"),
+    "run_9": ("blend without EMA", "ablation: run_1 without the EMA"),
+    "run_10": ("learned blend", "prior art: the learned blend of arXiv 2606.15054"),
 }
 BASELINE, CONTROL = "run_0", "run_7"
 
@@ -257,7 +268,7 @@ FIGURES += (probing, tradeoff, readout)
 
 def load(folder: Path) -> dict[str, list[Arm]]:
     """The runs of each "<scale> layer <L>"; those with a training log come first."""
-    runs = found_runs(folder)
+    runs = chosen(found_runs(folder), labels)
     return arms_of(folder, runs, labels, looks([*labels, *runs], CONTROL))
 
 
@@ -280,7 +291,7 @@ def compare(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare all runs found in a folder.")
+    parser = argparse.ArgumentParser(description="Compare the runs in a folder.")
     parser.add_argument("folder", nargs="?", type=Path, default=Path(), help="default: this one")
     folder = parser.parse_args().folder
     if not folder.is_dir():

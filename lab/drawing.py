@@ -140,5 +140,5 @@ def draw(functions: tuple[Callable, ...], arms: list[Arm], suffix: str) -> list[
                 figure.savefig(buffer, format=kind, dpi=220, metadata=metadata)
                 images[kind] = buffer.getvalue()
             plt.close(figure)
-            drawn.append(Figure(function.__name__ + suffix, function.__doc__, images))
+            drawn.append(Figure(function.__name__ + suffix, function.__doc__ or "", images))
     return drawn

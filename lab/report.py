@@ -61,21 +61,46 @@ def metric_tables(title: str, note: str, rows: list[Row], groups: dict[str, Metr
     return tables
 
 
+def not_comparable(arms: list[Arm]) -> list[str]:
+    """A sentence for each run that was made elsewhere, or otherwise, than the first that says so.
+
+    Old runs do not say where they were made, and keep the recipe among the settings of the scale.
+    Another experiment is no reason: that is what runs are for.
+    """
+
+    def settings(arm: Arm) -> dict:
+        return {**arm.config.get("scale", {}), **arm.config.get("recipe", {})}
+
+    notes, places = [], ("laboratory", "processor", "device")
+    for arm in arms:
+        than = {}  # the first run that says so -> what differs
+        for place in filter(arm.config.get, places):
+            first = next(other for other in arms if other.config.get(place))
+            if arm.config[place] != first.config[place]:
+                than.setdefault(first.name, []).append(place)
+        if mine := settings(arm):
+            first = next(other for other in arms if settings(other))
+            theirs = settings(first)
+            names = sorted(n for n in {*mine, *theirs} if mine.get(n) != theirs.get(n))
+            if names:
+                than.setdefault(first.name, []).extend(names)
+        for first_name, names in than.items():
+            which = f"{', '.join(names)} than {first_name}"
+            notes.append(f"NOT COMPARABLE: {arm.name} ran with another {which}.")
+    return notes
+
+
 def runs_table(arms: list[Arm]) -> Table:
-    """What was run, the notes the runs left, and the settings in which they differ."""
-    lines, notes = [["", "what it tries", "seeds", "steps"]], []
-    first = next((arm for arm in arms if arm.config.get("scale")), None)
+    """What was run, where that is not what its label says or not comparable, and runs' notes."""
+    lines, notes = [["", "what it tries", "seeds", "steps"]], not_comparable(arms)
     for arm in arms:
         seeds = max(map(len, arm.entry["final_info_dict"].values()), default="–")
         steps = arm.config.get("total_steps", arm.entry["means"].get("training_steps", "–"))
         title = arm.config.get("run", {}).get("title", "–")
         lines.append([arm.row, title, str(seeds), str(steps)])
-        if scale := arm.config.get("scale"):
-            theirs = first.config["scale"]
-            names = sorted(n for n in {*scale, *theirs} if scale.get(n) != theirs.get(n))
-            if names:
-                which = f"{', '.join(names)} than {first.name}"
-                notes.append(f"NOT COMPARABLE: {arm.name} ran with another {which}.")
+        if arm.written_for and title not in ("–", arm.written_for):
+            labelled = f"{arm.name} is labelled {arm.label!r}"
+            notes.append(f"{labelled}, but was made by another row: {title!r}.")
         for about, note in arm.entry["notes"].items():
             notes += [f"{arm.name}, {about}: {note}"] if isinstance(note, str) else []
     return Table("Runs", "  ".join(notes), lines)
@@ -125,8 +150,8 @@ def comparison(
 ) -> list[Table]:
     """All tables of one scale and layer."""
     control, baseline = find(arms, control_name), find(arms, baseline_name)
-    probing = {"probing": groups["probing"]}
-    others_than_probing = {name: groups[name] for name in ("stability", "absorption", "fidelity")}
+    probing = {name: metrics for name, metrics in groups.items() if name == "probing"}
+    the_rest = {name: metrics for name, metrics in groups.items() if name != "probing"}
     trained = [arm for arm in arms if arm is not baseline]
     others = [arm for arm in trained if arm is not control]
 
@@ -140,7 +165,7 @@ def comparison(
 
     values = [(arm.row, arm.value) for arm in arms]
     tables = [runs_table(arms)]
-    tables += metric_tables("Results", "", values, others_than_probing)
+    tables += metric_tables("Results", "", values, the_rest)
     tables += metric_tables("Results", "", [*values, ("model's channels", channels)], probing)
     if not trained:
         return tables

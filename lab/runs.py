@@ -24,6 +24,7 @@ RENAMED = {
 # These compare seeds with each other: they are one number, with no error over the seeds.
 BETWEEN_SEEDS = ("_over_seeds", "_rank_correlation", "_pw_mcc", "_pw_mcc_null")
 
+Label = str | tuple[str, str]  # a run's; with it the title of the row it was written for
 Value = tuple[float, float]  # mean and standard error, NaN where missing
 
 
@@ -45,6 +46,7 @@ class Arm:
     key: str  # "<scale> layer <L>"
     entry: dict  # of final_info.json
     look: dict  # colour, marker and dash, the same in every figure
+    written_for: str = ""  # the title of the run that `label` was written for, where it says so
     records: list[dict] = field(default_factory=list)  # of training_log.jsonl, this layer's
     config: dict = field(default_factory=dict)
     readouts: list["Arm"] = field(default_factory=list)
@@ -110,6 +112,16 @@ def found_runs(folder: Path) -> dict[str, dict]:
     return runs
 
 
+def chosen(runs: dict[str, dict], labels: dict[str, Label]) -> dict[str, dict]:
+    """The runs that `labels` names; all of them, and said so, where it names none of them."""
+    named = {name: info for name, info in runs.items() if name in labels}
+    if runs and not named:
+        print(f"labels names none of the runs found, so all are plotted: {', '.join(runs)}")
+    elif others := [name for name in runs if name not in labels]:
+        print(f"left out, since labels does not name them: {', '.join(others)}")
+    return named or runs
+
+
 def read_optional(path: Path, otherwise: list | dict) -> list | dict:
     """JSON, or its lines as a list; `otherwise` where the file is missing or, said so, damaged."""
     try:
@@ -127,7 +139,7 @@ def read_optional(path: Path, otherwise: list | dict) -> list | dict:
 
 
 def arms_of(
-    folder: Path, runs: dict[str, dict], labels: dict[str, str], looks: dict[str, dict]
+    folder: Path, runs: dict[str, dict], labels: dict[str, Label], looks: dict[str, dict]
 ) -> dict[str, list[Arm]]:
     """The runs of each "<scale> layer <L>"; those with a training log, which get figures, first."""
     groups = {}
@@ -135,13 +147,14 @@ def arms_of(
     for name, info in runs.items():
         records = read_optional(folder / name / "training_log.jsonl", [])
         config = read_optional(folder / name / "config.json", {})
-        arms, look = {}, looks[name]
+        arms, look, label = {}, looks[name], labels.get(name, name)
+        label, written_for = (label, "") if isinstance(label, str) else label
         for title in sorted(info, key=natural):  # a read-out check stands behind its run
             key, _, alpha = title.partition(READ_OUT)
             entry = {part: {} for part in parts} | info[title]
             if not alpha:
                 layer = [r for r in records if key.endswith(f" layer {r['layer']}")]
-                arms[key] = Arm(name, labels.get(name, name), key, entry, look, layer, config)
+                arms[key] = Arm(name, label, key, entry, look, written_for, layer, config)
                 groups.setdefault(key, []).append(arms[key])
             elif key in arms:
                 opened = look | {"markerfacecolor": "white"}

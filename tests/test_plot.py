@@ -11,14 +11,17 @@ from made_up_runs import (
     LAPTOP,
     PYTHIA,
     ROOT,
+    SCRIPT,
     UNKNOWN,
     draw,
+    records,
     table,
     usual_entry,
     words,
     write_run,
 )
 
+import experiment
 import plot
 from lab.runs import find
 
@@ -33,7 +36,52 @@ FIGURES = (
 )
 
 
-def test_runs_are_in_natural_order_and_unknown_names_are_shown(summary):
+def test_the_script_stays_as_small_as_an_agent_can_carry_at_every_turn():
+    text = SCRIPT.read_bytes()
+    assert len(text.splitlines()) <= 450
+    assert len(text) <= 20_000
+
+
+def test_every_label_is_written_for_the_row_that_has_its_name():
+    titles = {name: label[1] for name, label in plot.labels.items() if name != "run_0"}
+    assert titles == {name: run.title for name, run in experiment.RUNS.items()}
+
+
+def test_the_runs_that_labels_names_are_plotted_and_the_others_said_to_be_left_out(tmp_path):
+    for name in ("run_1", "run_7", "run_mine", "run_2_old"):
+        write_run(tmp_path, name, {LAPTOP: usual_entry()}, records(8))
+    found = draw(tmp_path)
+    said = found.stdout.splitlines()
+    assert "left out, since labels does not name them: run_2_old, run_mine" in said
+    rest = "\n".join(line for line in said if not line.startswith("left out"))
+    seen = [rest, *map(words, tmp_path.glob("*.svg"))]
+    seen += [path.read_text(encoding="utf-8") for path in tmp_path.glob("*.[mh]*")]
+    assert len(seen) == 1 + (len(FIGURES) - 1) + 2
+    assert not any(name in text for text in seen for name in ("run_mine", "run_2_old"))
+    assert all("control: vanilla ReLU" in text for text in seen)
+
+
+def test_where_labels_names_none_of_the_runs_all_are_plotted_and_it_says_so(tmp_path):
+    for name in ("run_mine_10", "run_mine_2"):
+        write_run(tmp_path, name, {LAPTOP: usual_entry()}, records(8))
+    found = draw(tmp_path)
+    all_of_them = "labels names none of the runs found, so all are plotted: run_mine_2, run_mine_10"
+    assert all_of_them in found.stdout.splitlines()
+    assert "left out" not in found.stdout
+    summary = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert list(table(summary, "Runs")) == ["run_mine_2", "run_mine_10"]
+    assert "run_mine_10" in words(tmp_path / "tradeoff.svg")
+
+
+def test_a_figure_without_a_docstring_has_no_caption(alone):
+    def mine(arms):
+        return plot.probing(arms)
+
+    (figure,) = plot.draw((mine,), plot.load(alone)[LAPTOP], "")
+    assert (figure.name, figure.caption) == ("mine", "")
+
+
+def test_runs_are_in_natural_order_and_added_labels_are_shown(summary):
     names = list(table(summary, "Runs"))
     assert [name.split()[0] for name in names] == [
         "run_1",
@@ -134,7 +182,8 @@ def test_one_run_alone_without_the_control_is_drawn_and_says_what_is_missing(alo
     assert {path.stem for path in alone.glob("*.svg")} == set(FIGURES)
     assert "no differences: run_7 is missing" in words(alone / "probing.svg")
     summary = (alone / "summary.md").read_text(encoding="utf-8")
-    assert "None: run_7 is missing." in summary
+    assert summary.count("None: run_7 is missing.") == 1
+    assert summary.count("Differences to run_7") == 1  # the heading of that sentence
     row = table(summary, "Does online absorption foretell SAE-Bench's?")["full absorption"]
     assert row["Spearman rank correlation"] == "null"
 

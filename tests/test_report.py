@@ -22,7 +22,8 @@ from scipy.stats import spearmanr
 
 import plot
 from lab.report import comparison as tables_of
-from lab.report import rank_correlation, task_table
+from lab.report import rank_correlation, runs_table, task_table
+from lab.runs import arms_of, found_runs
 
 # --------------------------------------------------------------------------------------- tables
 
@@ -122,6 +123,61 @@ def test_the_steadiness_of_the_mse_which_all_runs_have_in_common_is_a_column(sum
 def test_runs_with_other_settings_are_called_not_comparable(summary):
     assert "NOT COMPARABLE: run_10 ran with another training_tokens than run_1." in summary
     assert summary.count("NOT COMPARABLE") == 1
+
+
+def notes_of(folder, labels=plot.labels, **configs) -> str:
+    """The note of the table of runs with these config.json; "scale" is theirs alone."""
+    for name, config in configs.items():
+        write_run(folder, name, {LAPTOP: usual_entry()}, config=config)
+    runs = found_runs(folder)
+    return runs_table(arms_of(folder, runs, labels, {name: {} for name in runs})[LAPTOP]).note
+
+
+@pytest.mark.parametrize("place", ["laboratory", "processor", "device"])
+def test_runs_made_elsewhere_are_called_not_comparable(tmp_path, place):
+    note = notes_of(tmp_path, run_1={place: "a"}, run_2={}, run_3={place: "b"}, run_4={place: "a"})
+    assert note == f"NOT COMPARABLE: run_3 ran with another {place} than run_1."
+
+
+def test_where_an_old_run_was_made_is_unknown_and_the_new_ones_are_compared_without_it(tmp_path):
+    places = {"laboratory": "a", "processor": "amx_bf16", "device": "cpu"}
+    other = {"laboratory": "b", "processor": "no_bf16", "device": "cpu"}
+    note = notes_of(tmp_path, run_1={"device": "cpu"}, run_2=places, run_3=other)
+    assert note == "NOT COMPARABLE: run_3 ran with another laboratory, processor than run_2."
+
+
+def test_an_edited_experiment_is_comparable(tmp_path):
+    assert notes_of(tmp_path, run_1={"experiment": "a"}, run_2={"experiment": "b"}) == ""
+
+
+def test_the_recipe_of_a_new_run_is_compared_with_the_scale_of_an_old_one(tmp_path):
+    old = {"scale": {"d_sae": 64, "learning_rate": 0.1, "gate_init": 0.2}}
+    new = {"scale": {"d_sae": 64}, "recipe": {"gate_init": 0.2, "learning_rate": 0.1}}
+    tuned = {"scale": {"d_sae": 64}, "recipe": {"gate_init": 0.3, "learning_rate": 0.1}}
+    note = notes_of(tmp_path, run_1=old, run_2=new, run_3=tuned)
+    assert note == "NOT COMPARABLE: run_3 ran with another gate_init than run_1."
+
+
+def test_a_label_whose_run_another_row_made_is_said(summary, tmp_path):
+    said = "run_7 is labelled 'control: vanilla ReLU', but was made by another row: 'the control'."
+    assert said in summary
+    assert summary.count("made by another row") == 2  # and run_1's
+    labels = {"run_1": ("of a pair", "my title"), "run_2": "of an agent", "run_3": ("new", "other")}
+    mine = {"run": {"title": "my title"}}
+    note = notes_of(tmp_path, labels, run_1=mine, run_2=mine, run_3=mine)
+    assert note == "run_3 is labelled 'new', but was made by another row: 'my title'."
+
+
+def test_the_title_of_a_run_without_a_configuration_is_unknown_and_no_other(tmp_path):
+    assert notes_of(tmp_path, {"run_1": ("label", "title")}, run_1={"run": {}}) == ""
+
+
+def test_a_group_of_metrics_of_ones_own_is_a_table(tmp_path):
+    groups = plot.GROUPS | {"mine": {"my_metric": ("my title", "↓", "what it is")}}
+    write_run(tmp_path, "run_1", {LAPTOP: entry(my_metric=[0.5, 0.7])})
+    tables = tables_of(plot.load(tmp_path)[LAPTOP], groups, "run_7", "run_0", None)
+    (mine,) = [table for table in tables if table.heading == "Results: mine"]
+    assert mine.lines == [["", "my title ↓"], ["run_1 blend 0.1→0.9 + EMA", "0.6000 ± 0.1000"]]
 
 
 # ------------------------------------------------------------------------------------- the page
