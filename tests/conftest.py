@@ -11,6 +11,8 @@ for folder in (ROOT, ROOT / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
+from made_up_runs import alone, comparison, summary  # noqa: F401  fixtures, drawn once for all
+
 
 @pytest.fixture(autouse=True, scope="session")
 def never_the_users_cache(tmp_path_factory):

@@ -1,0 +1,187 @@
+"""Made-up runs with known numbers, and folders of them drawn once by the real plot.py."""
+
+import html
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import plot
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "plot.py"
+LAPTOP, PYTHIA, GEMMA = "laptop layer 8", "pythia-70m layer 3", "gemma-2-2b layer 5"
+KS = (1, 2, 5, 10, 20, 50)
+UNKNOWN = "run_my_$idea$"
+HOSTILE = "<script>document.title='broken'</script> & co"
+
+
+def entry(**per_seed) -> dict:
+    """An entry of final_info.json from one value per seed of each metric.
+
+    As a run writes it: "means" are rounded to four digits, the seeds are not.
+    """
+    values = {name: list(seeds) for name, seeds in per_seed.items()}
+    n = {name: len(seeds) for name, seeds in values.items()}
+    missing = {name: None in seeds for name, seeds in values.items()}
+    return {
+        "means": {m: None if missing[m] else float(f"{np.mean(v):.4g}") for m, v in values.items()},
+        "stderrs": {
+            m: None if missing[m] or n[m] < 2 else float(np.std(v, ddof=1) / math.sqrt(n[m]))
+            for m, v in values.items()
+        },
+        "final_info_dict": values,
+    }
+
+
+def usual_entry(level: float = 0.0, seeds: int = 3, tasks=("code", "news")) -> dict:
+    """Everything experiment.py writes, shifted by `level`; seed s lies 0.01 s higher."""
+
+    def around(centre: float) -> list[float]:
+        return [centre + level + 0.01 * s for s in range(seeds)]
+
+    metrics = {f"probing_top_{k}": around(0.6 + 0.02 * i) for i, k in enumerate(KS)}
+    metrics |= {"probing_all_latents": around(0.8), "probing_top_1_sd_over_tasks": around(0.1)}
+    metrics |= {f"lm_top_{k}": [0.55 + 0.04 * i] * seeds for i, k in enumerate(KS)}
+    names = "absorption_full absorption_fraction fvu dead ce_recovered grad_norm_cv"
+    names += " loss_roughness mse_roughness"
+    metrics |= {name: around(0.2) for name in names.split()}
+    metrics |= {"l0": around(36), "loss_spikes": [0.0] * seeds, "decoder_pw_mcc": [0.4] * seeds}
+    metrics |= {f"online_absorption_{kind}": around(0.1) for kind in ("full", "fraction")}
+    metrics |= {"l0_target": [36.0] * seeds, "training_steps": [40] * seeds}
+    letters = {letter: around(0.1) for letter in "abc"}
+    return entry(**metrics) | {
+        "per_letter": {"absorption_full": letters, "absorption_fraction": letters},
+        "per_task": {
+            "probing_top_1": {task: around(0.6 + 0.1 * i) for i, task in enumerate(tasks)}
+        },
+        "notes": {"outlier_norm": 100.0},
+    }
+
+
+def read_out_entry(level: float = 0.0, seeds: int = 3) -> dict:
+    """What experiment.py writes of a read-out: only what depends on the alpha read with."""
+    whole = usual_entry(level, seeds)
+    names = [
+        *(f"probing_top_{k}" for k in KS),
+        "probing_all_latents",
+        "probing_top_1_sd_over_tasks",
+    ]
+    for part in ("means", "stderrs", "final_info_dict"):
+        whole[part] = {name: whole[part][name] for name in names}
+    return {part: whole[part] for part in ("means", "stderrs", "final_info_dict", "per_task")}
+
+
+def records(layer: int, steps: int = 40, seeds: int = 3) -> list[dict]:
+    def line(step: int) -> dict:
+        measured = step % 10 == 0
+        several = {"alpha": 0.5, "l0_target": 36.0, "lambda": 0.05, "l0": 40.0, "loss": 0.5}
+        return {name: [v + 0.01 * s for s in range(seeds)] for name, v in several.items()} | {
+            "layer": layer,
+            "step": step,
+            "ema_decay": None,
+            "online_absorption_fraction": [0.1] * seeds if measured else None,
+            "online_absorption_full": [0.1] * seeds if measured else None,
+        }
+
+    return [line(step) for step in range(steps)]
+
+
+def write_run(
+    folder: Path, name: str, info: dict, log=None, title=None, config=None, **scale
+) -> Path:
+    """A finished run; by default of the title that its label in plot.py was written for."""
+    run, label = folder / name, plot.labels.get(name, "a run")
+    title = title or (label if isinstance(label, str) else label[1])
+    run.mkdir(parents=True)
+    (run / "final_info.json").write_text(json.dumps(info))
+    about = {"run": {"title": title}, "scale": {"n_seeds": 3} | scale, "total_steps": 40}
+    (run / "config.json").write_text(json.dumps(about | (config or {})))
+    if log is not None:
+        (run / "training_log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
+    return run
+
+
+def draw(folder: Path, script: Path = SCRIPT) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(script), str(folder)]
+    rooms = os.environ | {"PYTHONPATH": str(ROOT)}  # for a copy of the script
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=rooms)
+
+
+def with_label(folder: Path, line: str) -> Path:
+    """A copy of plot.py with one more line in `labels`, as an agent of the loop adds it."""
+    script, head = folder / "plot.py", "labels = {\n"
+    text = SCRIPT.read_text(encoding="utf-8")
+    assert text.count(head) == 1
+    script.write_text(text.replace(head, f"{head}    {line}\n"), encoding="utf-8")
+    return script
+
+
+def table(summary: str, heading: str) -> dict[str, dict[str, str]]:
+    """A table of summary.md as {row: {column: cell}}."""
+    section = summary.split(f"### {heading}\n")[1].split("\n#")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    head, _, *body = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return {row[0]: dict(zip(head, row, strict=True)) for row in body}
+
+
+def words(svg: Path) -> str:
+    """The text of a figure: matplotlib leaves it in comments where it draws letters as outlines."""
+    return html.unescape("\n".join(re.findall(r"<!-- (.*?) -->", svg.read_text(encoding="utf-8"))))
+
+
+@pytest.fixture(scope="session")
+def comparison(tmp_path_factory) -> Path:
+    """A folder with everything that can be met in one, drawn by the real script."""
+    folder = tmp_path_factory.mktemp("runs")
+    read_out = {f"{LAPTOP}, read out with alpha = {a}": read_out_entry(0.05 * a) for a in (0, 1)}
+    null = usual_entry()
+    for name in [name for name in null["means"] if name.startswith("absorption")]:
+        null["means"][name] = null["stderrs"][name] = None
+        null["final_info_dict"][name] = [None] * 3
+    null |= {"per_letter": {"absorption_full": {}, "absorption_fraction": {}}}
+    null["notes"] |= {"absorption": "null: too few letters"}
+    paired = usual_entry()
+    paired["final_info_dict"]["probing_top_1"] = [0.70, 0.76, 0.67]  # control: 0.60, 0.61, 0.62
+    write_run(folder, "run_1", {LAPTOP: paired, **read_out}, records(8), title=HOSTILE)
+    write_run(folder, "run_2", {LAPTOP: null}, records(8))
+    write_run(folder, "run_3", {PYTHIA: usual_entry()}, records(3))
+    write_run(folder, "run_4", {LAPTOP: usual_entry()}, records(8))
+    cut = folder / "run_4" / "final_info.json"
+    cut.write_text(cut.read_text()[:-40])
+    (folder / "run_5").mkdir()
+    write_run(folder, "run_6", {LAPTOP: usual_entry(0.01)})
+    write_run(folder, "run_7", {LAPTOP: usual_entry()}, records(8), title="the control")
+    write_run(folder, "run_10", {LAPTOP: usual_entry(0.02)}, records(8), training_tokens=1)
+    write_run(folder, UNKNOWN, {LAPTOP: usual_entry(0.03)}, records(8))
+    single = entry(probing_top_1=[0.5], lm_top_1=[0.68])
+    write_run(folder, "run_0", {GEMMA: single | {"notes": {"baseline": "as it was given"}}})
+    script = with_label(tmp_path_factory.mktemp("edited"), f'"{UNKNOWN}": "{UNKNOWN}",')
+    found = draw(folder, script)
+    assert found.returncode == 0, found.stderr
+    (folder / "stdout").write_text(found.stdout)
+    (folder / "stderr").write_text(found.stderr)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def summary(comparison) -> str:
+    return (comparison / "summary.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory) -> Path:
+    """A folder with one run of one seed, drawn by the real script."""
+    folder = tmp_path_factory.mktemp("alone")
+    info = {LAPTOP: usual_entry(seeds=1)}
+    info[f"{LAPTOP}, read out with alpha = 0"] = read_out_entry(seeds=1)
+    write_run(folder, "run_1", info, records(8, seeds=1))
+    found = draw(folder)
+    assert (found.returncode, found.stderr) == (0, "")
+    return folder
