@@ -14,7 +14,6 @@ import pytest
 import tiny
 import torch
 
-import experiment
 import lab.activations
 import lab.packaged_text
 import lab.process
@@ -124,8 +123,8 @@ def made_up_files(monkeypatch):
         3: [(words(100 * i, 20), 1) for i in range(80, 84)],
     }
     monkeypatch.setitem(lab.packaged_text.TASKS, "fruit", {"apple": (1, 1), "pear": (2, 1)})
-    monkeypatch.setattr(experiment, "PROSE", (3,))
-    monkeypatch.setattr(experiment, "sae_probes_rows", lambda number: files[number])
+    monkeypatch.setattr(lab.packaged_text, "PROSE", (3,))
+    monkeypatch.setattr(lab.packaged_text, "sae_probes_rows", lambda number: files[number])
     return files
 
 
@@ -169,7 +168,7 @@ def test_of_a_short_text_and_longer_ones_that_hold_it_a_probing_task_takes_one(
     made_up_files, monkeypatch
 ):
     """In whichever order they come: eight pairs are shuffled, so that both orders are there."""
-    monkeypatch.setattr(experiment, "TASK_CHARACTERS", 1200)
+    monkeypatch.setattr(lab.packaged_text, "TASK_CHARACTERS", 1200)
     made_up_files[1] += [
         (f"{words(20_000 + 200 * i, 30)} {text} {words(50_000 + 200 * i, 40)}", 1)
         for i, (text, target) in enumerate(made_up_files[1])
@@ -219,7 +218,7 @@ def test_the_documents_are_made_once_for_all_runs_of_the_same_tasks(tmp_path, mo
         made.append(scale.tasks)
         return ["zwei", "eins", "dr\u00f6i"]
 
-    monkeypatch.setattr(experiment, "training_documents", training_documents)
+    monkeypatch.setattr(lab.packaged_text, "training_documents", training_documents)
     scale = lab.scales.Scale("tiny", "none", "sae-probes", (0,), 2048, tasks=("news",))
     for again in (scale, replace(scale, learning_rate=0.1)):
         assert lab.packaged_text.packaged_documents(again) == ["zwei", "eins", "dr\u00f6i"]
@@ -227,7 +226,7 @@ def test_the_documents_are_made_once_for_all_runs_of_the_same_tasks(tmp_path, mo
     for other in ({"tasks": ("code",)}, {"probe_test_set_size": 2}, {"probe_train_set_size": 2}):
         lab.packaged_text.packaged_documents(replace(scale, **other))
     assert len(made) == 4, "probing texts are left out of them"
-    monkeypatch.setattr(experiment, "TASK_CHARACTERS", 77)
+    monkeypatch.setattr(lab.packaged_text, "TASK_CHARACTERS", 77)
     lab.packaged_text.packaged_documents(scale)
     assert len(made) == 5, "and other cuts of them are other texts"
 
@@ -274,7 +273,7 @@ SCALE = lab.scales.Scale(
 @pytest.fixture
 def documents(monkeypatch) -> None:
     texts = [" ".join(map(str, tokens_of(i))) for i in range(N_DOCUMENTS)]
-    monkeypatch.setattr(experiment, "packaged_documents", lambda scale: texts)
+    monkeypatch.setattr(lab.text, "packaged_documents", lambda scale: texts)
 
 
 def lane_text(lane: int, first: int) -> list[int]:
@@ -334,7 +333,7 @@ def test_reading_goes_on_with_the_first_document_that_a_lane_still_needs(documen
         opened.append((source, start))
         return (" ".join(map(str, tokens_of(i))) for i in range(start, N_DOCUMENTS))
 
-    monkeypatch.setattr(experiment, "streamed_documents", streamed)
+    monkeypatch.setattr(lab.text, "streamed_documents", streamed)
     hub = replace(SCALE, text="some/text@main")
     start = {0: Lane(40, [1, 2]), 1: Lane(33, []), 2: Lane(90, [3] * 500), 3: Lane(37, [])}
     _, contexts = next(lab.text.text_blocks(hub, LM, start))
@@ -401,7 +400,7 @@ def test_a_stream_that_breaks_off_goes_on_at_the_same_document(monkeypatch, caps
                 yield {"text": f"document {i}"}
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Rows())
-    monkeypatch.setattr(experiment.time, "sleep", waits.append)
+    monkeypatch.setattr(time, "sleep", waits.append)
     found = list(lab.text.streamed_documents("some/text@main", 2))
     assert found == [f"document {i}" for i in range(2, 8)]
     assert opened == [2, 3, 3, 5]

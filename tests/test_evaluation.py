@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -337,9 +338,7 @@ def test_means_over_texts_are_sae_benchs_own(trained, two_layers, tmp_path, dtyp
     from sae_bench.sae_bench_utils import activation_collection as theirs
 
     lm = two_layers
-    scale = experiment.replace(
-        trained.scale, keep_activations=keep, evaluation_dtype=dtype, lm_batch=4
-    )
+    scale = replace(trained.scale, keep_activations=keep, evaluation_dtype=dtype, lm_batch=4)
     like, tolerance = getattr(torch, dtype), {"float32": 1e-5, "bfloat16": 1e-2}[dtype]
     first, second = (lab.saved_sae.load_sae(path).to(dtype=like) for path in trained.saved.values())
     read_outs = [lab.saved_sae.read_out(first, alpha) for alpha in (0.0, 0.3, 1.0)]
@@ -373,7 +372,7 @@ def test_one_pass_of_the_language_model_serves_all_layers_and_all_saes(
     trained, two_layers, tmp_path, keep, passes
 ):
     lm, counted = two_layers, []
-    scale = experiment.replace(trained.scale, keep_activations=keep, lm_batch=5)
+    scale = replace(trained.scale, keep_activations=keep, lm_batch=5)
     first, second = map(lab.saved_sae.load_sae, trained.saved.values())
     saes, inputs = {1: [first, second], 3: [second]}, padded_texts(lm)
     hook = lm.model.base_model.register_forward_hook(lambda *_: counted.append(None))
@@ -476,16 +475,15 @@ def parts(evaluated, monkeypatch) -> SimpleNamespace:
         absorption=Stub(lambda *_: list(absorption)),
         fidelity=Stub(lab.fidelity.HeldOut),
     )
-    monkeypatch.setattr(experiment, "evaluate_probing", found.probing)
-    monkeypatch.setattr(experiment, "evaluate_absorption", found.absorption)
-    monkeypatch.setattr(experiment, "HeldOut", found.fidelity)
+    monkeypatch.setattr(lab.evaluation, "evaluate_probing", found.probing)
+    monkeypatch.setattr(lab.evaluation, "evaluate_absorption", found.absorption)
+    monkeypatch.setattr(lab.evaluation, "HeldOut", found.fidelity)
     return found
 
 
 def evaluate(trained, folder: Path, saved: dict[str, Path]) -> dict:
-    run = experiment.replace(trained.run, readout_alphas=(1.0,))
     return lab.evaluation.evaluate(
-        trained.scale, run, trained.lm, [trained.trainer], {1: saved}, trained.heldout,
+        trained.scale, (1.0,), trained.lm, {1: trained.trainer.units}, {1: saved}, trained.heldout,
         trained.records, folder / "checkpoint" / "evaluated", lab.process.Clock(),
     )  # fmt: skip
 
@@ -632,10 +630,10 @@ def test_the_text_to_train_on_shares_no_run_of_8_words_with_any_probing_text(pro
 TEXTS_OF_ONE_PROCESS = f"""
 import dataclasses, hashlib, sys
 sys.path.insert(0, {str(tiny.ROOT)!r})
-import experiment
-lab.packaged_text.PROSE = (57, 98)
-scale = dataclasses.replace(lab.scales.SCALES["laptop"], tasks=("sentiment",))
-texts = lab.packaged_text.training_documents(scale), lab.packaged_text.probing_task("sentiment", 20, 10)
+from lab import packaged_text, scales
+packaged_text.PROSE = (57, 98)
+scale = dataclasses.replace(scales.SCALES["laptop"], tasks=("sentiment",))
+texts = packaged_text.training_documents(scale), packaged_text.probing_task("sentiment", 20, 10)
 print(hashlib.sha256(repr(texts).encode()).hexdigest())
 """
 

@@ -15,12 +15,10 @@ import pytest
 import torch
 from hub import MODEL, TEXT, TEXT_REVISION, LocalHub
 
-import experiment
-import lab.bench
 import lab.packaged_text
 import lab.storage
 
-ROOT = Path(experiment.__file__).resolve().parent
+ROOT = Path(lab.__file__).resolve().parent.parent
 ROWS = 20  # of every class in each split
 SHARD = f"/datasets/{TEXT}/resolve/main/data/train-00000-of-00004.parquet"
 STREAM = f"""
@@ -44,7 +42,7 @@ def hub(folder):
 
 def client(hub: LocalHub, code: str, **environment: str):
     """What `code` leaves in `result`, in a process of its own that knows the hub only."""
-    code = f"import json, experiment\n{code}\nprint('\\n' + json.dumps(result))"
+    code = f"import json, lab\n{code}\nprint('\\n' + json.dumps(result))"
     run = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | hub.environment | environment,
@@ -242,8 +240,9 @@ for name in SparseProbingEvalConfig().dataset_names:
 def test_the_one_dataset_with_a_script_is_read_without_it_and_gives_the_same_texts(hub):
     code = f"""
 from sae_bench.sae_bench_utils import dataset_utils
+from lab.bench import load_data_only
 if {{ours}}:
-    dataset_utils.load_dataset = lab.bench.load_data_only
+    dataset_utils.load_dataset = load_data_only
 name = "codeparrot/github-code"
 result = dataset_utils.get_multi_label_train_test_data(name, {2 * ROWS}, {2 * ROWS}, 42)"""
     found = client(hub, code.format(ours=True))

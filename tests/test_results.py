@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-import experiment
 import lab.fidelity
 import lab.folders
 import lab.metrics
@@ -34,7 +33,7 @@ def test_mean_sd_and_stderr_have_the_values_worked_out_by_hand():
 @pytest.mark.parametrize("name", ["mean_or_none", "sd_or_none", "stderr_or_none"])
 @pytest.mark.parametrize("values", [[], [None], [0.1, None, 0.3], [None, None]])
 def test_a_missing_value_makes_the_result_missing_and_never_0(name, values):
-    assert getattr(experiment, name)(values) is None
+    assert getattr(lab.metrics, name)(values) is None
 
 
 def test_one_value_has_a_mean_but_no_spread():
@@ -478,7 +477,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(experiment.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         lab.storage.write_atomically(path, "new")
     assert path.read_text() == "old"
@@ -504,7 +503,7 @@ def test_a_write_that_is_killed_leaves_the_old_file_and_the_next_one_succeeds(tm
     lab.storage.write_atomically(path, "old")
 
     def killed_while_writing():
-        experiment.os.fsync = kill_me
+        os.fsync = kill_me
         lab.storage.write_atomically(path, "new")
 
     assert in_a_child(killed_while_writing) == -signal.SIGKILL

@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ import lab.online_absorption
 import lab.process
 import lab.scales
 import lab.storage
+import lab.text
 from experiment import Trainer, Training
 from lab.checkpoints import Checkpoints, TrainingLog
 from lab.process import Interrupted, Ranks, Signals
@@ -255,7 +257,7 @@ def test_a_write_that_was_killed_is_no_checkpoint(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment.os, "fsync", killed)
+        patch.setattr(os, "fsync", killed)
         with pytest.raises(KeyboardInterrupt):
             checkpoints.save(40, {"x": torch.zeros(4)}, {}, log)
     assert read(tmp_path) == (30, [10, 20, 30])
@@ -452,7 +454,7 @@ def text(monkeypatch) -> list[str]:
     texts = [
         " ".join(str(r.randrange(97)) for _ in range(r.choice((3, 9, 40)))) for _ in range(200)
     ]
-    monkeypatch.setattr(experiment, "packaged_documents", lambda scale: texts)
+    monkeypatch.setattr(lab.text, "packaged_documents", lambda scale: texts)
     monkeypatch.setattr(experiment, "online_absorption", online_absorption)
     return texts
 
@@ -509,7 +511,7 @@ def test_a_run_stopped_by_a_signal_in_a_step_goes_on_as_if_it_never_had(
         first.train(signals)
     assert stop.value.signal_number == signal.SIGTERM
     monkeypatch.undo()
-    monkeypatch.setattr(experiment, "packaged_documents", lambda scale: text)
+    monkeypatch.setattr(lab.text, "packaged_documents", lambda scale: text)
     monkeypatch.setattr(experiment, "online_absorption", online_absorption)
     assert len((tmp_path / "stopped" / "log").read_text().splitlines()) == 14
     signals.received = None
@@ -545,7 +547,7 @@ def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(
     text, tmp_path, signals, monkeypatch
 ):
     whole = Execution(tmp_path / "whole").train(signals)
-    often = experiment.replace(SCALE, checkpoint_seconds=0)
+    often = replace(SCALE, checkpoint_seconds=0)
     first = Execution(tmp_path / "killed", scale=often)
     step = Trainer.step
 
@@ -570,7 +572,7 @@ def test_a_signal_before_the_first_step_leaves_something_to_go_on_from(
     whole = Execution(tmp_path / "whole").train(signals)
     first = Execution(tmp_path / "stopped")
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(experiment, "block_order", lambda *_: stop_me())
+        patch.setattr(lab.activations, "block_order", lambda *_: stop_me())
         first.train(signals)
     signals.received = None
     assert_same_result(Execution(tmp_path / "stopped").train(signals), whole)
@@ -600,7 +602,7 @@ def test_checkpoints_come_as_often_as_asked_for(text, tmp_path, signals, monkeyp
     Execution(tmp_path / "seldom").train(signals)
     assert saved_at == [14]
     saved_at.clear()
-    often = experiment.replace(SCALE, checkpoint_seconds=0)
+    often = replace(SCALE, checkpoint_seconds=0)
     Execution(tmp_path / "often", scale=often).train(signals)
     assert saved_at == [*range(1, 15), 14]
 

@@ -1,12 +1,14 @@
 """Schedules against numbers worked out by hand; what Run, Scale and RUNS refuse and promise."""
 
 import math
+import shutil
 from dataclasses import asdict, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import experiment
 import lab.preflight
@@ -324,7 +326,7 @@ def test_titles_tell_the_runs_apart():
 
 def test_without_a_gpu_the_laptop_scale_is_chosen(monkeypatch):
     monkeypatch.delenv("EXPERIMENT_SCALE", raising=False)
-    monkeypatch.setattr(experiment.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert lab.scales.choose_scale() is lab.scales.SCALES["laptop"]
 
 
@@ -336,7 +338,7 @@ def test_the_environment_overrides_the_machine(monkeypatch):
 
 def test_with_a_gpu_the_large_scale_is_chosen(monkeypatch):
     monkeypatch.delenv("EXPERIMENT_SCALE", raising=False)
-    monkeypatch.setattr(experiment.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert lab.scales.choose_scale() is lab.scales.SCALES["gemma-2-2b"]
     monkeypatch.setenv("EXPERIMENT_SCALE", "laptop")
     assert lab.scales.choose_scale() is lab.scales.SCALES["laptop"]
@@ -401,8 +403,8 @@ def machine(monkeypatch, tmp_path):
             named = [free for part, free in other_disks.items() if part in str(path)]
             return SimpleNamespace(free=1e9 * (named or [disk])[0])
 
-        monkeypatch.setattr(experiment.shutil, "disk_usage", disk_usage)
-        cuda = experiment.torch.cuda
+        monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+        cuda = torch.cuda
         monkeypatch.setattr(cuda, "is_available", lambda: gpu is not None)
         monkeypatch.setattr(cuda, "mem_get_info", lambda device: (1e9 * gpu, 80e9))
         return tmp_path / "not there yet" / "run_1"
@@ -450,19 +452,19 @@ def test_the_gpu_must_have_room_for_the_model_the_saes_and_two_blocks(machine):
 
 
 def test_everything_that_is_missing_is_said_at_once(monkeypatch):
-    monkeypatch.setattr(experiment, "not_to_be_had", lambda scale: iter(["a licence", "a text"]))
-    monkeypatch.setattr(experiment, "not_enough_room", lambda scale, out_dir: iter(["room"]))
+    monkeypatch.setattr(lab.preflight, "not_to_be_had", lambda scale: iter(["a licence", "a text"]))
+    monkeypatch.setattr(lab.preflight, "not_enough_room", lambda scale, out_dir: iter(["room"]))
     with pytest.raises(lab.process.ExperimentError) as error:
         lab.preflight.preflight(lab.scales.SCALES["gemma-2-2b"], Path("run_1"))
     lines = str(error.value).splitlines()
     assert lines == ["before this run can start:", "  - a licence", "  - a text", "  - room"]
     for name in ("not_to_be_had", "not_enough_room"):
-        monkeypatch.setattr(experiment, name, lambda *_: iter(()))
+        monkeypatch.setattr(lab.preflight, name, lambda *_: iter(()))
     lab.preflight.preflight(lab.scales.SCALES["gemma-2-2b"], Path("run_1"))
 
 
 def test_nothing_is_asked_where_nothing_is_fetched_from_the_hub(monkeypatch, tmp_path):
     for name in ("not_to_be_had", "not_enough_room"):
-        monkeypatch.setattr(experiment, name, lambda *_: pytest.fail("asked"))
+        monkeypatch.setattr(lab.preflight, name, lambda *_: pytest.fail("asked"))
     for scale_ in (lab.scales.SCALES["laptop"], scale(), scale(language_model=str(tmp_path))):
         lab.preflight.preflight(scale_, tmp_path)
