@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import experiment
-import lab.process
-import lab.results
-import lab.scales
-import lab.storage
+from lab.process import ExperimentError, Interrupted
+from lab.results import without_times
+from lab.scales import SCALES
+from lab.storage import file_sha256
 
 ENTRY = "tiny layer 1"
 
@@ -94,7 +94,7 @@ def test_only_the_last_part_of_out_dir_names_the_run(out_dir):
             "run_3",
             experiment.RUNS["run_3"],
         )
-    with pytest.raises(lab.process.ExperimentError, match="the runs:"):
+    with pytest.raises(ExperimentError, match="the runs:"):
         experiment.chosen_run([f"--out_dir={out_dir}"])
 
 
@@ -107,7 +107,7 @@ def test_there_is_no_other_argument(run, tmp_path):
 
 def test_an_unknown_scale_is_an_error_naming_the_scales(run, tmp_path):
     process = run("--out_dir=run_1", EXPERIMENT_SCALE="huge")
-    assert_refused(process, "EXPERIMENT_SCALE='huge' is not one of", *lab.scales.SCALES)
+    assert_refused(process, "EXPERIMENT_SCALE='huge' is not one of", *SCALES)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -154,7 +154,7 @@ def test_a_full_disk_is_one_clear_sentence_wherever_it_fills_up(
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
-        (lab.process.ExperimentError("mend this"), 1, "error: mend this"),
+        (ExperimentError("mend this"), 1, "error: mend this"),
         (
             OSError(28, "No space left on device", "run_7/x"),
             1,
@@ -173,8 +173,8 @@ def test_a_full_disk_is_one_clear_sentence_wherever_it_fills_up(
             "error: memory is full: free some",
         ),
         (MemoryError(), 1, "error: memory is full: free some"),
-        (lab.process.Interrupted(signal.SIGTERM), 75, "error: stopped by SIGTERM: run the same"),
-        (lab.process.Interrupted(signal.SIGINT), 130, "error: stopped by SIGINT: run the same"),
+        (Interrupted(signal.SIGTERM), 75, "error: stopped by SIGTERM: run the same"),
+        (Interrupted(signal.SIGINT), 130, "error: stopped by SIGINT: run the same"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
@@ -191,7 +191,7 @@ def test_whatever_ends_a_run_is_one_line_on_stderr_and_a_status_of_its_own(
     err = capfd.readouterr().err
     assert len(err.splitlines()) == 1
     assert said in err
-    if status != 1 or not isinstance(error, lab.process.ExperimentError):
+    if status != 1 or not isinstance(error, ExperimentError):
         assert "run the same command again" in err
 
 
@@ -210,7 +210,7 @@ def script_with(tmp_path: Path, file: str, old: str, new: str) -> Path:
 
 
 def test_a_token_budget_below_one_batch_is_an_error_before_any_work(tmp_path):
-    own = f"training_tokens={lab.scales.SCALES['laptop'].training_tokens:_},"
+    own = f"training_tokens={SCALES['laptop'].training_tokens:_},"
     script = script_with(tmp_path, "lab/scales.py", own, "training_tokens=2047,")
     process = subprocess.run(
         [sys.executable, str(script), "--out_dir=run_1"],
@@ -287,7 +287,7 @@ def test_the_config_records_every_value_that_ran(finished, scale):
     assert None not in config["versions"].values()
     for name, digest in config["weights_sha256"].items():
         path = finished.folder / "sae" / name / "sae_weights.safetensors"
-        assert lab.storage.file_sha256(path) == digest
+        assert file_sha256(path) == digest
     assert config["seconds"]["total"] > 0
 
 
@@ -374,7 +374,7 @@ def test_final_info_carries_sae_benchs_results_as_its_files_hold_them(finished):
     for kind in ("sparse_probing", "absorption"):
         files = sorted((finished.folder / "eval" / kind).glob("*[0-9a-f]_custom_sae*.json"))
         files = [f for f in files if "readout" not in f.name]
-        on_disk = [lab.results.without_times(json.loads(f.read_text())) for f in files]
+        on_disk = [without_times(json.loads(f.read_text())) for f in files]
         assert [r["eval_result_metrics"] for r in on_disk] == [
             r["eval_result_metrics"] for r in held[kind]
         ]

@@ -20,10 +20,10 @@ import tiny
 from test_behaviour import SIGNAL_AT, assert_refused, assert_stopped
 
 import experiment
-import lab.folders
-import lab.process
-import lab.results
-import lab.scales
+from lab.folders import check_folder
+from lab.process import ExperimentError
+from lab.results import without_times
+from lab.scales import SCALES
 
 KILLS = 100  # of the long form
 
@@ -152,7 +152,7 @@ def test_a_finished_run_that_was_changed_is_refused_by_name_and_left_out_of_the_
 ):
     alone("run_1")
     shutil.copytree(alone_in / "run_1", tmp_path / "run_1")
-    monkeypatch.setitem(lab.scales.SCALES, scale.name, scale)
+    monkeypatch.setitem(SCALES, scale.name, scale)
     monkeypatch.setenv("EXPERIMENT_SCALE", scale.name)
     argument = f"--out_dir={tmp_path / 'run_1'}"
     files = [p for p in (tmp_path / "run_1").rglob("*") if p.is_file() and p.name != ".lock"]
@@ -194,8 +194,8 @@ def test_no_flipped_bit_in_a_configuration_is_taken_for_a_run_that_was_asked_for
     for at in range(len(good)):
         (folder / "config.json").write_bytes(flipped(good, at))
         try:
-            assert lab.folders.check_folder(folder, identity)
-        except lab.process.ExperimentError:
+            assert check_folder(folder, identity)
+        except ExperimentError:
             refused += 1
             continue
         found = json.loads((folder / "config.json").read_bytes())
@@ -222,7 +222,7 @@ def test_damage_to_what_sae_bench_wrote_for_a_stopped_run_is_not_taken_over(
     for path in written:
         there = alone_in / path.relative_to(tmp_path)
         mine, its = (json.loads(p.read_text(encoding="utf-8")) for p in (path, there))
-        assert lab.results.without_times(mine) == lab.results.without_times(its)
+        assert without_times(mine) == without_times(its)
 
 
 # ── Resources and concurrency ───────────────────────────────────────────────────────────────────

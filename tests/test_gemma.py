@@ -20,13 +20,13 @@ import pytest
 import tiny
 from hub import MODEL, TEXT, TEXT_REVISION, LocalHub, make_hub
 
-import lab.scales
+from lab.scales import SCALES, Scale
 
 LAYERS = (0, 1, 2)
 OFFICIAL = json.loads((tiny.ROOT / "run_0" / "final_info.json").read_text(encoding="utf-8"))
 
 
-def small(**changes) -> lab.scales.Scale:
+def small(**changes) -> Scale:
     """The gemma-2-2b scale with its sizes cut down; names, tasks, text and layers' number stay."""
     sizes = tiny.SMALL | {
         "layers": LAYERS,
@@ -34,7 +34,7 @@ def small(**changes) -> lab.scales.Scale:
         "n_seeds": 1,
         "checkpoint_seconds": 0,
     }
-    return replace(lab.scales.SCALES["gemma-2-2b"], **sizes | changes)
+    return replace(SCALES["gemma-2-2b"], **sizes | changes)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def start(
     hub: LocalHub,
     cache: Path,
     cwd: Path,
-    scale: lab.scales.Scale,
+    scale: Scale,
     patch: str = "",
     launcher: tuple[str, ...] = (),
     **environment: str,
@@ -130,7 +130,7 @@ def test_probing_is_configured_as_in_the_given_baseline(undisturbed):
             assert ours.keys() == given["eval_config"].keys()
             for name in ours.keys() - cut_down:
                 assert ours[name] == given["eval_config"][name], name
-    scale = lab.scales.SCALES["gemma-2-2b"]
+    scale = SCALES["gemma-2-2b"]
     for name in ("probe_train_set_size", "probe_test_set_size", "context_length"):
         assert getattr(scale, name) == given["eval_config"][name]
     assert list(scale.k_values) == given["eval_config"]["k_values"]
@@ -271,7 +271,7 @@ def test_a_network_that_stays_away_is_an_error_that_says_what_to_do(hub):
 def refused(hub: LocalHub, folder: Path, **environment: str) -> tuple[str, float]:
     """The message of a run that cannot start, and the seconds it took."""
     begun = time.monotonic()
-    scale = lab.scales.SCALES["gemma-2-2b"]
+    scale = SCALES["gemma-2-2b"]
     finish(start(hub, folder / "cache", folder, scale, **environment), folder, status=1)
     assert not (folder / "run_2" / "config.json").exists()
     return (folder / "stderr").read_text(), time.monotonic() - begun
