@@ -9,8 +9,8 @@ SAE costs in a study.  The scores stand side by side.
     stock   SAE-Bench's own functions and a TransformerLens model in float32 (put together by hand:
             SmolLM2 is not in its list); probes, words and texts are this program's, since
             SAE-Bench's own cannot be had without a hub
-    here    lab.absorption.evaluate_absorption and lab.probing.evaluate_probing, whose language model
-            reads in bfloat16: that, and nothing else, is what scores may differ by
+    here    evaluate_absorption and evaluate_probing of lab/, whose language model reads in
+            bfloat16: that, and nothing else, is what scores may differ by
 
 Sparse probing is compared on a part of the tasks, since stock reads every text padded to 128 tokens
 with the whole model.  Writes results/compare_evaluation_<bfloat16 units>.json.
@@ -34,14 +34,14 @@ import machine
 import torch
 from test_language_model import hooked_llama
 
-import lab.absorption
-import lab.bench
-import lab.language_model
-import lab.packaged_text
-import lab.probing
-import lab.saved_sae
-import lab.scales
-import lab.smollm2
+from lab.absorption import absorption_config, evaluate_absorption, first_letter_probes
+from lab.bench import first_letter_words, seed_everything
+from lab.language_model import LanguageModel, load_language_model
+from lab.packaged_text import TASKS, task_of_pairs
+from lab.probing import evaluate_probing, probing_artifacts, probing_config
+from lab.saved_sae import load_sae
+from lab.scales import SCALES, Scale
+from lab.smollm2 import smollm2_folder
 
 
 def timed(work: Callable[[], object]) -> tuple[float, object]:
@@ -51,9 +51,7 @@ def timed(work: Callable[[], object]) -> tuple[float, object]:
 
 
 @contextlib.contextmanager
-def stock(
-    scale: lab.scales.Scale, lm: lab.language_model.LanguageModel, hooked, work: Path
-) -> Iterator:
+def stock(scale: Scale, lm: LanguageModel, hooked, work: Path) -> Iterator:
     """SAE-Bench's modules with nothing replaced but model, words, texts, folders and seeds."""
     from sae_bench.evals.absorption import common, feature_absorption
     from sae_bench.evals.absorption import main as absorption
@@ -61,15 +59,15 @@ def stock(
     from sae_bench.sae_bench_utils import activation_collection, dataset_info, dataset_utils
 
     def seeded(function: Callable, name: str, **fixed) -> Callable:
-        """With the seed that experiment.py sets before the same step."""
+        """With the seed that lab/bench.py sets before the same step."""
 
         def call(*args, **kwargs):
-            lab.bench.seed_everything(scale.evaluation_seed, name)
+            seed_everything(scale.evaluation_seed, name)
             return function(*args, **kwargs, **fixed)
 
         return call
 
-    words = lab.bench.first_letter_words(scale, lm)
+    words = first_letter_words(scale, lm)
     loader = mock.Mock(from_pretrained_no_processing=lambda *_, **__: hooked)
     k_sparse, absorbed = (
         absorption.run_k_sparse_probing_experiment,
@@ -80,7 +78,7 @@ def stock(
         (probing, "HookedTransformer", loader),
         (common, "get_alpha_tokens", lambda *_, **__: list(words)),
         (feature_absorption, "get_alpha_tokens", lambda *_, **__: list(words)),
-        (dataset_utils, "get_multi_label_train_test_data", lab.packaged_text.task_of_pairs),
+        (dataset_utils, "get_multi_label_train_test_data", task_of_pairs),
         (absorption, "run_k_sparse_probing_experiment",
          seeded(k_sparse, k_sparse.__name__, probes_dir=work / "probes",
                 experiment_dir=work / "k_sparse")),
@@ -95,7 +93,7 @@ def stock(
         (activation_collection, "get_sae_meaned_activations",
          seeded(activation_collection.get_sae_meaned_activations, "mean_latents")),
     ]  # fmt: skip
-    classes = {name: list(lab.packaged_text.TASKS[name]) for name in scale.tasks}
+    classes = {name: list(TASKS[name]) for name in scale.tasks}
     with contextlib.ExitStack() as stack:
         for module, name, value in patches:
             stack.enter_context(mock.patch.object(module, name, value))
@@ -108,18 +106,18 @@ def stock(
 
 def stock_scores(scale, lm, hooked, saes: dict[str, Path], layer: int) -> dict:
     """Seconds and results of each SAE in turn: {"absorption"|"sparse_probing": [(s, result)]}."""
-    config = lab.absorption.absorption_config(scale, lm)  # with its quicker setting
+    config = absorption_config(scale, lm)  # with its quicker setting
     found: dict[str, list] = {"absorption": [], "sparse_probing": []}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / "absorbed").mkdir()
         # Its first-letter probes, trained and stored by its own functions.
-        shutil.copytree(lab.absorption.first_letter_probes(scale, lm, layer), work / "probes")
+        shutil.copytree(first_letter_probes(scale, lm, layer), work / "probes")
         with stock(scale, lm, hooked, work) as (absorption, probing):
             for i, (name, path) in enumerate(saes.items()):
-                sae = [(name, lab.saved_sae.load_sae(path))]
+                sae = [(name, load_sae(path))]
                 run = lambda: probing.run_eval(  # noqa: E731
-                    lab.probing.probing_config(scale, lm), sae, "cpu", str(work / "results"),  # noqa: B023
+                    probing_config(scale, lm), sae, "cpu", str(work / "results"),  # noqa: B023
                     artifacts_path=str(work / "artifacts"))  # fmt: skip
                 found["sparse_probing"].append(timed(run))
                 if i:  # its probes are there already: every SAE is one after the first
@@ -134,10 +132,10 @@ def scores_here(scale, lm, saes: dict[str, Path], layer: int) -> dict:
         for name, path in saes.items():
             one, where = {name: path}, Path(folder) / name
             found["sparse_probing"].append(
-                timed(lambda: lab.probing.evaluate_probing(scale, lm, {layer: one}, where))  # noqa: B023
+                timed(lambda: evaluate_probing(scale, lm, {layer: one}, where))  # noqa: B023
             )
             found["absorption"].append(
-                timed(lambda: lab.absorption.evaluate_absorption(scale, lm, layer, one, where))  # noqa: B023
+                timed(lambda: evaluate_absorption(scale, lm, layer, one, where))  # noqa: B023
             )
     return found
 
@@ -154,16 +152,16 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a finished run of the laptop scale")
     parser.add_argument("--tasks", nargs="+", default=["headline"])
     options = parser.parse_args()
-    laptop = lab.scales.SCALES["laptop"]
+    laptop = SCALES["laptop"]
     scale, layer = replace(laptop, tasks=tuple(options.tasks)), laptop.layers[0]
     saes = {
         path.name: path for path in sorted((options.run.absolute() / "sae").glob("layer_*"))[:2]
     }
-    lm = lab.language_model.load_language_model(scale)
-    lab.probing.probing_artifacts(scale, lm)
+    lm = load_language_model(scale)
+    probing_artifacts(scale, lm)
 
     here = scores_here(scale, lm, saes, layer)
-    hooked = hooked_llama(lab.smollm2.smollm2_folder())
+    hooked = hooked_llama(smollm2_folder())
     hooked.set_tokenizer(lm.tokenizer)
     hooked.cfg.model_name = lm.name
     theirs = stock_scores(scale, lm, hooked, saes, layer)

@@ -17,6 +17,10 @@ from pathlib import Path
 
 import machine
 
+from lab.packaged_text import TASKS
+from lab.scales import SCALES
+from lab.storage import json_text, write_atomically
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -24,11 +28,11 @@ UNITS = "avx512_bf16"  # of the machine that results/laptop was made on
 
 
 def main() -> None:
-    scale = lab.scales.SCALES["laptop"]
+    scale = SCALES["laptop"]
     training, evaluation = (
         machine.measured(name, UNITS) for name in ("compare_training", "compare_evaluation")
     )
-    classes = {name: len(task) for name, task in lab.packaged_text.TASKS.items()}
+    classes = {name: len(task) for name, task in TASKS.items()}
     whole = sum(classes[name] for name in scale.tasks)
     share = sum(classes[name] for name in evaluation["tasks"]) / whole
     per_sae = {
@@ -68,7 +72,7 @@ def main() -> None:
         f"{later:.0f} s: {result['times_faster_later_run']:.1f} times faster"
     )
     target = HERE / "results" / "compare_study.json"
-    lab.storage.write_atomically(target, lab.storage.json_text(result))
+    write_atomically(target, json_text(result))
 
 
 if __name__ == "__main__":

@@ -41,21 +41,23 @@ PEERS = {"sae-lens": "6.54.12", "eai-sparsify": "1.3.3"}
 def cosine_sae(model: Path, documents: Path, tokens: int, seeds: int = 1) -> dict:
     """`model` and `documents` are what this program finds in its cache by itself."""
     sys.path.insert(0, str(HERE.parent))
-    import experiment
+    from experiment import RUNS, Training
+    from lab.absorption import first_letter_probes
+    from lab.checkpoints import Checkpoints, TrainingLog
+    from lab.language_model import load_language_model
+    from lab.process import Ranks, Signals
+    from lab.scales import SCALES
+    from lab.text import heldout_contexts
 
-    scale = replace(
-        lab.scales.SCALES["laptop"], n_seeds=seeds, training_tokens=tokens, keep_activations=False
-    )
-    lm = lab.language_model.load_language_model(scale)
-    lab.absorption.first_letter_probes(scale, lm, LAYER)  # made once, for all runs
+    scale = replace(SCALES["laptop"], n_seeds=seeds, training_tokens=tokens, keep_activations=False)
+    lm = load_language_model(scale)
+    first_letter_probes(scale, lm, LAYER)  # made once, for all runs
     start = time.perf_counter()
-    _, first_document = lab.text.heldout_contexts(scale, lm)
-    training = experiment.Training(
-        scale, experiment.RUNS["run_1"], lm, first_document, lab.process.Ranks()
-    )
+    _, first_document = heldout_contexts(scale, lm)
+    training = Training(scale, RUNS["run_1"], lm, first_document, Ranks())
     with tempfile.TemporaryDirectory() as folder:
-        log = lab.checkpoints.TrainingLog(Path(folder) / "log.jsonl", "run_1", {})
-        training.train(log, lab.checkpoints.Checkpoints(Path(folder), {}), lab.process.Signals())
+        log = TrainingLog(Path(folder) / "log.jsonl", "run_1", {})
+        training.train(log, Checkpoints(Path(folder), {}), Signals())
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "tokens": training.steps_done * BATCH}
 
@@ -177,17 +179,21 @@ def main() -> None:
         print(json.dumps(found))
         return
 
-    import machine  # here, not above: the peers' own environment cannot import what it imports
+    # Here, not above: the peers' own environment cannot import what these import.
+    import machine
 
-    scale = lab.scales.SCALES["laptop"]
-    model = lab.smollm2.smollm2_folder()
-    peers = peers_python(lab.storage.cache_root() / "peers")
+    from lab.packaged_text import packaged_documents
+    from lab.scales import SCALES
+    from lab.smollm2 import smollm2_folder
+    from lab.storage import cache_root
+
+    scale = SCALES["laptop"]
+    model = smollm2_folder()
+    peers = peers_python(cache_root() / "peers")
     turns: dict[str, list[dict]] = {name: [] for name in options.contestants}
     with tempfile.TemporaryDirectory() as folder:
         documents = Path(folder) / "documents.json"
-        documents.write_text(
-            json.dumps(lab.packaged_text.packaged_documents(scale)), encoding="utf-8"
-        )
+        documents.write_text(json.dumps(packaged_documents(scale)), encoding="utf-8")
         for repetition in range(options.repetitions):
             order = list(turns) if repetition % 2 == 0 else list(reversed(turns))
             for name in order:

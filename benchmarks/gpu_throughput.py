@@ -46,12 +46,19 @@ import torch
 from online_absorption_cost import made_up_words
 
 import experiment
-import lab.activations
-import lab.language_model
-import lab.online_absorption
-import lab.process
-import lab.scales
-import lab.storage
+from lab.activations import (
+    Position,
+    calibrate,
+    harvest,
+    residual_blocks,
+    shuffled_batches,
+    without_outliers,
+)
+from lab.language_model import LanguageModel
+from lab.online_absorption import OnlineAbsorption
+from lab.process import Ranks, training_device
+from lab.scales import SCALES, Scale
+from lab.storage import json_text, versions, write_atomically
 
 GEMMA_2_2B = {
     "hidden_size": 2304,
@@ -81,7 +88,7 @@ class Study:
     """What is measured."""
 
     config: dict  # of the language model
-    scale: lab.scales.Scale
+    scale: Scale
     layers: tuple[int, ...]
     d_sae: tuple[int, ...]
     seeds: tuple[int, ...] = (1, 3)
@@ -91,14 +98,12 @@ class Study:
     blocks: int = 4  # of the whole, one repetition each, after one to warm up
 
 
-FULL = Study(GEMMA_2_2B, lab.scales.SCALES["gemma-2-2b"], (12, 19), (2304, 9216, 16384))
+FULL = Study(GEMMA_2_2B, SCALES["gemma-2-2b"], (12, 19), (2304, 9216, 16384))
 TINY = Study(
     GEMMA_2_2B
     | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "vocab_size": 1000}
     | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
-    replace(
-        lab.scales.SCALES["gemma-2-2b"], batch_tokens=256, context_length=32, block_contexts=64
-    ),
+    replace(SCALES["gemma-2-2b"], batch_tokens=256, context_length=32, block_contexts=64),
     layers=(2, 4),
     d_sae=(96, 128),
     lm_batches=(8, 16, 32),
@@ -181,8 +186,8 @@ def random_model(config: dict, device: torch.device, dtype: torch.dtype, attenti
         return AutoModelForCausalLM.from_config(full, dtype=dtype, attn_implementation=attention)
 
 
-def language_model(model, *layers: int) -> lab.language_model.LanguageModel:
-    return lab.language_model.LanguageModel(model, TOKENIZER, "random Gemma-2", layers, {})
+def language_model(model, *layers: int) -> LanguageModel:
+    return LanguageModel(model, TOKENIZER, "random Gemma-2", layers, {})
 
 
 def random_contexts(n: int, length: int, vocabulary: int, seed: int) -> torch.Tensor:
@@ -192,21 +197,17 @@ def random_contexts(n: int, length: int, vocabulary: int, seed: int) -> torch.Te
     return tokens
 
 
-def read(lm: lab.language_model.LanguageModel, contexts: torch.Tensor, batch: int) -> None:
+def read(lm: LanguageModel, contexts: torch.Tensor, batch: int) -> None:
     for part in contexts.split(batch):
         lm.residuals(part)
 
 
-def lm_rate(
-    lm: lab.language_model.LanguageModel, contexts: torch.Tensor, batch: int, repetitions
-) -> dict:
+def lm_rate(lm: LanguageModel, contexts: torch.Tensor, batch: int, repetitions) -> dict:
     seconds = timed(partial(read, lm, contexts, batch), lm.device, repetitions)
     return rate([contexts.numel() / s for s in seconds])
 
 
-def sweep(
-    lm: lab.language_model.LanguageModel, contexts: torch.Tensor, study: Study
-) -> dict[int, dict]:
+def sweep(lm: LanguageModel, contexts: torch.Tensor, study: Study) -> dict[int, dict]:
     """The language model at every batch that fits."""
     rates = {}
     for batch in study.lm_batches:
@@ -219,7 +220,7 @@ def sweep(
 
 
 def attention_rates(
-    lm: lab.language_model.LanguageModel, contexts: torch.Tensor, batch: int, study: Study
+    lm: LanguageModel, contexts: torch.Tensor, batch: int, study: Study
 ) -> dict[str, dict]:
     """The language model with both attentions, as far as they work here."""
     rates, own = {}, lm.model.config._attn_implementation
@@ -239,12 +240,12 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def new_trainer(scale: lab.scales.Scale, rows: torch.Tensor) -> experiment.Trainer:
+def new_trainer(scale: Scale, rows: torch.Tensor) -> experiment.Trainer:
     """As Training makes it, measuring absorption now and then on made-up words."""
-    units = lab.activations.calibrate(rows)
-    trainer = experiment.Trainer(scale, RUN, scale.layers[0], units, lab.process.Ranks())
+    units = calibrate(rows)
+    trainer = experiment.Trainer(scale, RUN, scale.layers[0], units, Ranks())
     words = {name: t.to(rows.device) for name, t in made_up_words(scale, rows.shape[1]).items()}
-    trainer.online = lab.online_absorption.OnlineAbsorption(words, scale.online_words)
+    trainer.online = OnlineAbsorption(words, scale.online_words)
     return trainer
 
 
@@ -259,7 +260,7 @@ def train(trainer: experiment.Trainer, batches: Iterator[torch.Tensor]) -> None:
             waiting = []
 
 
-def sae_rate(scale: lab.scales.Scale, rows: torch.Tensor, repetitions: int) -> dict:
+def sae_rate(scale: Scale, rows: torch.Tensor, repetitions: int) -> dict:
     """SAE training alone."""
     trainer, size = new_trainer(scale, rows), scale.batch_tokens
     batches = rows[: len(rows) // size * size].split(size)
@@ -267,7 +268,7 @@ def sae_rate(scale: lab.scales.Scale, rows: torch.Tensor, repetitions: int) -> d
     return rate([len(batches) * size / s for s in seconds])
 
 
-def whole_rate(scale: lab.scales.Scale, lm: lab.language_model.LanguageModel, study: Study) -> dict:
+def whole_rate(scale: Scale, lm: LanguageModel, study: Study) -> dict:
     """Harvest, shuffle and step: a repetition is a block, all of it."""
     vocabulary = study.config["vocab_size"]
     texts = [
@@ -287,25 +288,20 @@ def whole_rate(scale: lab.scales.Scale, lm: lab.language_model.LanguageModel, st
             yield lanes, contexts
         mark()
 
-    blocks = lab.activations.residual_blocks(scale, lm, text())
+    blocks = residual_blocks(scale, lm, text())
     first = next(blocks)
     trainers.append(new_trainer(scale, first.rows[:, 0]))
     blocks, first = chain([first], blocks), None
-    kept = (lab.activations.without_outliers(block, [trainers[0].units]) for block in blocks)
-    ranks, start = lab.process.Ranks(), lab.activations.Position(0, 0, {})
-    batches = lab.activations.shuffled_batches(scale, kept, ranks, start)
+    kept = (without_outliers(block, [trainers[0].units]) for block in blocks)
+    ranks, start = Ranks(), Position(0, 0, {})
+    batches = shuffled_batches(scale, kept, ranks, start)
     train(trainers[0], (batch[:, 0] for _, batch in batches))
     laps = pairwise(marks[1:])  # the first block warms up
     return rate([(n1 - n0) * scale.batch_tokens / (t1 - t0) for (t0, n0), (t1, n1) in laps])
 
 
 def configuration(
-    study: Study,
-    scale: lab.scales.Scale,
-    lm: lab.language_model.LanguageModel,
-    rows: torch.Tensor,
-    lm_found: dict,
-    peak: dict,
+    study: Study, scale: Scale, lm: LanguageModel, rows: torch.Tensor, lm_found: dict, peak: dict
 ) -> dict:
     """All figures of one layer, d_sae and number of seeds."""
     cuda = lm.device.type == "cuda"
@@ -344,12 +340,14 @@ def setting_of(study: Study, device: torch.device, attention: str) -> dict:
     """What figures must have in common to stand in one file."""
     cuda = device.type == "cuda"
     memory = torch.cuda.get_device_properties(device).total_memory / 1e9 if cuda else None
-    code = Path(experiment.__file__).read_bytes()
+    root = Path(experiment.__file__).parent
+    files = [root / "experiment.py", *sorted(root.glob("lab/*.py"))]
+    code = b"".join(path.read_bytes() for path in files)
     return {
         "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
         "memory_gb": memory,
         "cuda": torch.version.cuda,
-        **lab.storage.versions("torch", "transformers"),
+        **versions("torch", "transformers"),
         "dtypes": {
             "language_model": "bfloat16",
             "sae_multiplications": study.scale.training_dtype,
@@ -361,7 +359,7 @@ def setting_of(study: Study, device: torch.device, attention: str) -> dict:
         "batch_tokens": study.scale.batch_tokens,
         "block_contexts": study.scale.block_contexts,
         "run": RUN.title,
-        "experiment_sha256": hashlib.sha256(code).hexdigest(),
+        "code_sha256": hashlib.sha256(code).hexdigest(),
     }
 
 
@@ -386,7 +384,7 @@ class Report:
         self.found[part][name] = value
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            lab.storage.write_atomically(self.path, lab.storage.json_text(self.found) + "\n")
+            write_atomically(self.path, json_text(self.found) + "\n")
 
 
 HEADER = (
@@ -437,7 +435,7 @@ def measure(
         batch = max(rates, key=lambda b: rates[b]["tokens_per_second"])
         entry = {"best_batch": batch, "by_batch": rates, "by_attention": None, "matrix_peak": peak}
         report.add("language_model", f"L{layer}", entry)
-        rows = lab.activations.harvest(lm, contexts, batch)[:, 0]
+        rows = harvest(lm, contexts, batch)[:, 0]
         print(HEADER)
         for d_sae in study.d_sae:
             for seeds in study.seeds:
@@ -490,7 +488,7 @@ def small_residuals(
 def small_losses(rows: torch.Tensor, device: torch.device, steps: int = 20) -> torch.Tensor:
     """Losses [steps, seeds] of SAE training in float32 on the same batches."""
     scale = replace(
-        lab.scales.SCALES["gemma-2-2b"],
+        SCALES["gemma-2-2b"],
         layers=(1,),
         d_sae=512,
         n_seeds=2,
@@ -559,7 +557,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, to test this program")
     chosen = parser.parse_args()
     until = time.monotonic() + 60 * chosen.minutes
-    device = lab.process.training_device()
+    device = training_device()
     if device == CPU and not chosen.tiny:
         parser.error("there is no GPU here: --tiny runs the same code at a tiny shape")
     if chosen.check:

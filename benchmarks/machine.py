@@ -8,8 +8,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import experiment
-import lab.storage
+import torch
+
+from lab.storage import json_text, versions, write_atomically
 
 BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16")  # the best first
 
@@ -47,7 +48,7 @@ def write(name: str, result: dict) -> None:
     model, units = cpu()
     about = {
         "cpu": f"{model}, {os.cpu_count()} cores, {units}",
-        "threads": experiment.torch.get_num_threads(),
-        "versions": lab.storage.versions("torch", "transformers", "sae-bench"),
+        "threads": torch.get_num_threads(),
+        "versions": versions("torch", "transformers", "sae-bench"),
     }
-    lab.storage.write_atomically(target(name, units), lab.storage.json_text(about | result))
+    write_atomically(target(name, units), json_text(about | result))

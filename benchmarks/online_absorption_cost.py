@@ -16,17 +16,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import experiment
-import lab.activations
-import lab.online_absorption
-import lab.process
-import lab.scales
+from lab.activations import calibrate
+from lab.online_absorption import OnlineAbsorption
+from lab.process import Ranks
+from lab.scales import SCALES, Scale
 
 
 def noise(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def made_up_words(scale: lab.scales.Scale, d_in: int) -> dict[str, torch.Tensor]:
+def made_up_words(scale: Scale, d_in: int) -> dict[str, torch.Tensor]:
     """What OnlineAbsorption takes: random words, all of which a random probe finds."""
     words = 2 * scale.online_words
     probe = {"weight": noise(26, d_in, seed=1), "bias": torch.full((26,), 1e3)}
@@ -38,13 +38,13 @@ def made_up_words(scale: lab.scales.Scale, d_in: int) -> dict[str, torch.Tensor]
 
 
 def main() -> None:
-    scale, d_in = lab.scales.SCALES["laptop"], 576
-    units = lab.activations.calibrate(noise(20_000, d_in, seed=0))
+    scale, d_in = SCALES["laptop"], 576
+    units = calibrate(noise(20_000, d_in, seed=0))
     with mock.patch.object(experiment, "training_device", lambda: torch.device("cpu")):
         trainer = experiment.Trainer(
-            scale, experiment.RUNS["run_1"], scale.layers[0], units, lab.process.Ranks()
+            scale, experiment.RUNS["run_1"], scale.layers[0], units, Ranks()
         )
-    online = lab.online_absorption.OnlineAbsorption(made_up_words(scale, d_in), scale.online_words)
+    online = OnlineAbsorption(made_up_words(scale, d_in), scale.online_words)
     batch = noise(scale.batch_tokens, d_in, seed=3)
     alpha = torch.full((scale.n_seeds, 1, 1), 0.5)
     steps, measurements = [], []

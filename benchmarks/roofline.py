@@ -17,7 +17,12 @@ from collections.abc import Callable
 
 import machine
 import torch
-from machine import experiment
+
+from experiment import RUNS, Trainer
+from lab.activations import calibrate
+from lab.language_model import LanguageModel, load_language_model
+from lab.process import Ranks
+from lab.scales import SCALES, Scale
 
 Shape = tuple[int, int, int]  # [n, k] @ [k, m]
 
@@ -50,13 +55,13 @@ def multiplications(shapes: list[Shape], dtype: torch.dtype) -> Callable[[], Non
     return work
 
 
-def language_model_shapes(lm: lab.language_model.LanguageModel, tokens: int) -> list[Shape]:
+def language_model_shapes(lm: LanguageModel, tokens: int) -> list[Shape]:
     """Products of one pass, those of attention left out."""
     linear = [m for m in lm.model.base_model.modules() if isinstance(m, torch.nn.Linear)]
     return [(tokens, m.in_features, m.out_features) for m in linear]
 
 
-def sae_shapes(scale: lab.scales.Scale, d_in: int) -> list[Shape]:
+def sae_shapes(scale: Scale, d_in: int) -> list[Shape]:
     """Products of one training step: encode, decode, and three in the backward (the gradient of
     b_dec takes a row, the data takes none)."""
     B, F, D = scale.batch_tokens, scale.d_sae, d_in
@@ -65,12 +70,12 @@ def sae_shapes(scale: lab.scales.Scale, d_in: int) -> list[Shape]:
 
 
 def main() -> None:
-    scale, d_in = lab.scales.SCALES["laptop"], 576
-    lm = lab.language_model.load_language_model(scale)
+    scale, d_in = SCALES["laptop"], 576
+    lm = load_language_model(scale)
     generator = torch.Generator().manual_seed(0)
     contexts = torch.randint(100, 49_000, (scale.lm_batch, scale.context_length),
                              generator=generator)  # fmt: skip
-    units = lab.activations.calibrate(torch.randn(20_000, d_in, generator=generator))
+    units = calibrate(torch.randn(20_000, d_in, generator=generator))
     batch = torch.randn(scale.batch_tokens, d_in, generator=generator)
     config, tokens = lm.model.config, contexts.numel()
     heads = config.num_attention_heads * (d_in // config.num_attention_heads)
@@ -84,11 +89,9 @@ def main() -> None:
         )
     }
     for run in ("run_1", "run_7"):
-        trainer = experiment.Trainer(
-            scale, experiment.RUNS[run], scale.layers[0], units, lab.process.Ranks()
-        )
+        trainer = Trainer(scale, RUNS[run], scale.layers[0], units, Ranks())
 
-        def step(trainer: experiment.Trainer = trainer) -> None:
+        def step(trainer: Trainer = trainer) -> None:
             trainer.steps_done = 101  # an ordinary step: nothing is measured beside it
             trainer.step(batch)
 

@@ -1,8 +1,9 @@
-"""What the tests share: the repository root on sys.path, a tiny model, and no user's cache."""
+"""What the tests share: the repository root on sys.path, tiny models and SAEs, no user's cache."""
 
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,6 +35,22 @@ def tiny_model(tmp_path_factory) -> Path:
     return tiny.make_model(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
+@pytest.fixture(scope="session")
+def trained(tiny_model, tmp_path_factory) -> SimpleNamespace:
+    """The tiny scale, trained once through experiment's own functions and saved."""
+    import tiny
+
+    return tiny.trained(tiny_model, tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="session")
+def evaluated(trained, tmp_path_factory) -> SimpleNamespace:
+    """Both SAEs evaluated with an empty cache, and what lay around before and after."""
+    import tiny
+
+    return tiny.evaluated(trained, tmp_path_factory.mktemp("evaluated"))
+
+
 @pytest.fixture(scope="module")
 def scale(tiny_model):
     """The laptop scale for the tiny model."""
@@ -46,3 +63,22 @@ def scale(tiny_model):
 def cache(tmp_path_factory) -> Path:
     """One cache for every test of a file that does not need its own."""
     return tmp_path_factory.mktemp("shared-cache")
+
+
+@pytest.fixture
+def signals():
+    import tiny
+
+    with tiny.signals() as found:
+        yield found
+
+
+@pytest.fixture
+def documents(monkeypatch) -> None:
+    """Texts of numbers in place of the packaged documents, for tiny.ReadingModel."""
+    import tiny
+
+    import lab.text
+
+    texts = [" ".join(map(str, tiny.tokens_of(i))) for i in range(tiny.N_DOCUMENTS)]
+    monkeypatch.setattr(lab.text, "packaged_documents", lambda scale: texts)

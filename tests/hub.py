@@ -25,8 +25,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import torch
 from tiny import make_tokenizer, spell_first_letters
 
-import lab.packaged_text
-import lab.process
+from lab.packaged_text import PROSE, sae_probes_rows
+from lab.process import quiet_transformers
 
 MODEL = "google/gemma-2-2b"
 TEXT = "Skylion007/openwebtext"
@@ -413,7 +413,7 @@ def make_gemma(folder: Path, dtype: torch.dtype = torch.float32, layers: int = 4
             # blocks would drown the letters.
             layer.post_attention_layernorm.weight.data.fill_(-0.7)
             layer.post_feedforward_layernorm.weight.data.fill_(-0.7)
-    with lab.process.quiet_transformers():
+    with quiet_transformers():
         model.to(dtype).save_pretrained(folder, max_shard_size="300KB")
     (folder / "README.md").write_text("---\nlicense: gemma\nlibrary_name: transformers\n---\n")
     return folder
@@ -426,7 +426,7 @@ def endless(
     texts = dict.fromkeys(
         text
         for number, target in sources
-        for text, value in lab.packaged_text.sae_probes_rows(number)
+        for text, value in sae_probes_rows(number)
         if target in (None, value) and keep(text)
     )
     shuffled = list(texts)
@@ -481,7 +481,7 @@ def write_dataset(
 
 def make_text(folder: Path, n_documents: int, n_files: int = 4) -> Path:
     """OpenWebText's layout: documents of one to eight passages of prose in data/train-*.parquet."""
-    passages = endless(*((number, None) for number in lab.packaged_text.PROSE))
+    passages = endless(*((number, None) for number in PROSE))
     lengths = random.Random("documents")
     rows = [
         {"text": "\n\n".join(take(passages, lengths.choice((1, 1, 2, 3, 5, 8))))}

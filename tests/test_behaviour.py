@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,13 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import experiment
-import lab.language_model
-import lab.packaged_text
-import lab.probing
-import lab.process
-import lab.results
-import lab.scales
-import lab.storage
+from lab.process import ExperimentError, Interrupted
+from lab.results import without_times
+from lab.scales import SCALES
+from lab.storage import file_sha256
 
 ENTRY = "tiny layer 1"
 
@@ -96,7 +94,7 @@ def test_only_the_last_part_of_out_dir_names_the_run(out_dir):
             "run_3",
             experiment.RUNS["run_3"],
         )
-    with pytest.raises(lab.process.ExperimentError, match="the runs:"):
+    with pytest.raises(ExperimentError, match="the runs:"):
         experiment.chosen_run([f"--out_dir={out_dir}"])
 
 
@@ -109,7 +107,7 @@ def test_there_is_no_other_argument(run, tmp_path):
 
 def test_an_unknown_scale_is_an_error_naming_the_scales(run, tmp_path):
     process = run("--out_dir=run_1", EXPERIMENT_SCALE="huge")
-    assert_refused(process, "EXPERIMENT_SCALE='huge' is not one of", *lab.scales.SCALES)
+    assert_refused(process, "EXPERIMENT_SCALE='huge' is not one of", *SCALES)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -142,7 +140,7 @@ def test_a_full_disk_is_one_clear_sentence_wherever_it_fills_up(
     `finished` has filled the cache.
     """
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes_allowed},) * 2)"
-    wide = experiment.replace(scale, d_sae=1024)  # weights of 528 kB
+    wide = replace(scale, d_sae=1024)  # weights of 528 kB
     process = run("--out_dir=run_7", patch=limit, scale=wide)
     assert_refused(process, "File too large", "free space", "run the same command again")
     assert len(process.stderr.splitlines()) == 1
@@ -156,7 +154,7 @@ def test_a_full_disk_is_one_clear_sentence_wherever_it_fills_up(
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
-        (lab.process.ExperimentError("mend this"), 1, "error: mend this"),
+        (ExperimentError("mend this"), 1, "error: mend this"),
         (
             OSError(28, "No space left on device", "run_7/x"),
             1,
@@ -175,8 +173,8 @@ def test_a_full_disk_is_one_clear_sentence_wherever_it_fills_up(
             "error: memory is full: free some",
         ),
         (MemoryError(), 1, "error: memory is full: free some"),
-        (lab.process.Interrupted(signal.SIGTERM), 75, "error: stopped by SIGTERM: run the same"),
-        (lab.process.Interrupted(signal.SIGINT), 130, "error: stopped by SIGINT: run the same"),
+        (Interrupted(signal.SIGTERM), 75, "error: stopped by SIGTERM: run the same"),
+        (Interrupted(signal.SIGINT), 130, "error: stopped by SIGINT: run the same"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
@@ -193,26 +191,27 @@ def test_whatever_ends_a_run_is_one_line_on_stderr_and_a_status_of_its_own(
     err = capfd.readouterr().err
     assert len(err.splitlines()) == 1
     assert said in err
-    if status != 1 or not isinstance(error, lab.process.ExperimentError):
+    if status != 1 or not isinstance(error, ExperimentError):
         assert "run the same command again" in err
 
 
 # A budget or a text that is too small.
 
 
-def script_with(tmp_path: Path, old: str, new: str) -> Path:
-    """A copy of the script with a value edited, as a user would."""
-    source = Path(experiment.__file__).read_text()
+def script_with(tmp_path: Path, file: str, old: str, new: str) -> Path:
+    """A copy of the script and its laboratory with a value of one file edited, as a user would."""
+    folder = tmp_path / "edited"
+    shutil.copytree(tiny.ROOT / "lab", folder / "lab")
+    script = Path(shutil.copy(experiment.__file__, folder))
+    source = (folder / file).read_text()
     assert len(re.findall(old, source)) == 1
-    path = tmp_path / "edited" / "experiment.py"
-    path.parent.mkdir()
-    path.write_text(re.sub(old, new, source))
-    return path
+    (folder / file).write_text(re.sub(old, new, source))
+    return script
 
 
 def test_a_token_budget_below_one_batch_is_an_error_before_any_work(tmp_path):
-    own = f"training_tokens={lab.scales.SCALES['laptop'].training_tokens:_},"
-    script = script_with(tmp_path, own, "training_tokens=2047,")
+    own = f"training_tokens={SCALES['laptop'].training_tokens:_},"
+    script = script_with(tmp_path, "lab/scales.py", own, "training_tokens=2047,")
     process = subprocess.run(
         [sys.executable, str(script), "--out_dir=run_1"],
         cwd=tmp_path,
@@ -233,7 +232,8 @@ def test_a_text_that_ends_before_training_does_is_an_error_and_no_result(run, fi
     # The first is held out, two are each lane's: not quite two blocks of 8 batches.
     few = "['The film was good and the news was not. ' * 60] * 9"
     # PROSE is in the key of the cached documents.
-    patch = f"lab.packaged_text.PROSE = (0,); lab.packaged_text.training_documents = lambda scale: {few}"
+    patch = f"room.PROSE = (0,); room.training_documents = lambda scale: {few}"
+    patch = f"import lab.packaged_text as room; {patch}"
     process = run("--out_dir=run_7", patch=patch)
     assert_refused(process, "the text of scale 'tiny'", "lower training_tokens or add text")
     assert re.search(r"ended after 1[45] of 20 steps", process.stderr)
@@ -279,15 +279,15 @@ def test_the_snapshot_is_the_script_as_it_ran(finished):
 def test_the_config_records_every_value_that_ran(finished, scale):
     config = json.loads((finished.folder / "config.json").read_text())
     assert config["run_name"] == "run_1"
-    assert config["run"] == json.loads(json.dumps(experiment.asdict(experiment.RUNS["run_1"])))
-    assert config["scale"] == json.loads(json.dumps(experiment.asdict(scale)))
+    assert config["run"] == json.loads(json.dumps(asdict(experiment.RUNS["run_1"])))
+    assert config["scale"] == json.loads(json.dumps(asdict(scale)))
     assert config["total_steps"] == scale.total_steps == 20
     assert config["ema_horizon_steps"] == scale.ema_horizon
-    assert config["versions"]["torch"] == experiment.torch.__version__
+    assert config["versions"]["torch"] == torch.__version__
     assert None not in config["versions"].values()
     for name, digest in config["weights_sha256"].items():
         path = finished.folder / "sae" / name / "sae_weights.safetensors"
-        assert lab.storage.file_sha256(path) == digest
+        assert file_sha256(path) == digest
     assert config["seconds"]["total"] > 0
 
 
@@ -374,7 +374,7 @@ def test_final_info_carries_sae_benchs_results_as_its_files_hold_them(finished):
     for kind in ("sparse_probing", "absorption"):
         files = sorted((finished.folder / "eval" / kind).glob("*[0-9a-f]_custom_sae*.json"))
         files = [f for f in files if "readout" not in f.name]
-        on_disk = [lab.results.without_times(json.loads(f.read_text())) for f in files]
+        on_disk = [without_times(json.loads(f.read_text())) for f in files]
         assert [r["eval_result_metrics"] for r in on_disk] == [
             r["eval_result_metrics"] for r in held[kind]
         ]
@@ -405,9 +405,7 @@ def test_a_finished_run_says_so_and_touches_nothing(run, finished):
 
 def test_another_configuration_names_what_differs_and_touches_nothing(run, finished, scale):
     changes = {"learning_rate": 0.007, "layers": (2,)}
-    process = run(
-        "--out_dir=run_1", cwd=finished.folder.parent, scale=experiment.replace(scale, **changes)
-    )
+    process = run("--out_dir=run_1", cwd=finished.folder.parent, scale=replace(scale, **changes))
     assert_refused(
         process,
         "scale.learning_rate is 0.003 there and 0.007 now",
@@ -429,7 +427,7 @@ def test_results_of_another_program_are_refused_and_stay(run, tmp_path):
         (tmp_path / "run_1" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run_1" / name).write_text("theirs")
     before = tiny.tree(tmp_path)
-    patch = "lab.language_model.load_language_model = lambda scale: sys.exit('work has begun')"
+    patch = "experiment.load_language_model = lambda scale: sys.exit('work has begun')"
     assert_refused(run("--out_dir=run_1", patch=patch), "run_1", "config.json")
     assert tiny.tree(tmp_path) == before
 
@@ -438,12 +436,12 @@ def test_results_of_another_program_are_refused_and_stay(run, tmp_path):
 
 SIGNAL_AT = """
 import os, signal
-real = experiment.{where}
+real = {where}
 def stopped(*arguments, **named):
     if {when}:
         os.kill(os.getpid(), signal.{name})
     return real(*arguments, **named)
-experiment.{where} = stopped
+{where} = stopped
 """
 AGAIN = "run the same command again to go on from where it stood"
 
@@ -469,10 +467,12 @@ def interrupted(scale, cache, finished, tmp_path_factory) -> SimpleNamespace:
         return tiny.run_script("--out_dir=run_1", **arguments)
 
     in_step = SIGNAL_AT.format(
-        where="Trainer.step", when="arguments[0].steps_done == 7", name="SIGTERM"
+        where="experiment.Trainer.step", when="arguments[0].steps_done == 7", name="SIGTERM"
     )
-    in_absorption = SIGNAL_AT.format(where="evaluate_absorption", when="True", name="SIGINT")
-    never_again = "lab.probing.evaluate_probing = lambda *_: sys.exit('it was finished')"
+    in_absorption = SIGNAL_AT.format(
+        where="lab.evaluation.evaluate_absorption", when="True", name="SIGINT"
+    )
+    never_again = "lab.evaluation.evaluate_probing = lambda *_: sys.exit('it was finished')"
     processes = [start(in_step)]
     left = tiny.tree(folder / "run_1")
     processes += [start(in_absorption)]
@@ -516,7 +516,7 @@ def test_a_run_that_was_stopped_twice_ends_with_the_bytes_of_one_that_never_was(
 
 def test_a_signal_before_training_leaves_a_folder_that_the_same_command_accepts(run, tmp_path):
     """In the middle of loading, where there is nothing to keep."""
-    early = SIGNAL_AT.format(where="load_language_model", when="True", name="SIGTERM")
+    early = SIGNAL_AT.format(where="experiment.load_language_model", when="True", name="SIGTERM")
     for _ in range(2):
         assert_stopped(run("--out_dir=run_7", patch=early), 75, "SIGTERM")
     left = {p.name for p in (tmp_path / "run_7").iterdir()}
@@ -525,11 +525,11 @@ def test_a_signal_before_training_leaves_a_folder_that_the_same_command_accepts(
 
 def test_a_second_configuration_does_not_take_up_the_checkpoint_of_a_first(run, scale, tmp_path):
     in_step = SIGNAL_AT.format(
-        where="Trainer.step", when="arguments[0].steps_done == 2", name="SIGTERM"
+        where="experiment.Trainer.step", when="arguments[0].steps_done == 2", name="SIGTERM"
     )
     assert_stopped(run("--out_dir=run_7", patch=in_step), 75, "SIGTERM")
     before = tiny.tree(tmp_path)
-    changed = experiment.replace(scale, gate_init=0.3)
+    changed = replace(scale, gate_init=0.3)
     assert_refused(
         run("--out_dir=run_7", scale=changed), "scale.gate_init is 0.2 there and 0.3 now"
     )
@@ -590,7 +590,7 @@ def others(scale, finished, cache, tmp_path_factory) -> Path:
     """A folder with run_2, run_8 and run_10 at one seed, one after the other in one process."""
     folder = tmp_path_factory.mktemp("others")
     first = "for name in ('run_2', 'run_8'): assert experiment.main([f'--out_dir={name}']) == 0"
-    one = experiment.replace(scale, n_seeds=1)
+    one = replace(scale, n_seeds=1)
     process = tiny.run_script("--out_dir=run_10", scale=one, cache=cache, cwd=folder, patch=first)
     assert (process.returncode, process.stderr) == (0, "")
     return folder

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,13 +20,10 @@ import tiny
 from test_behaviour import SIGNAL_AT, assert_refused, assert_stopped
 
 import experiment
-import lab.folders
-import lab.language_model
-import lab.packaged_text
-import lab.process
-import lab.results
-import lab.scales
-import lab.storage
+from lab.folders import check_folder
+from lab.process import ExperimentError
+from lab.results import without_times
+from lab.scales import SCALES
 
 KILLS = 100  # of the long form
 
@@ -98,7 +96,9 @@ def stopped(scale, cache, alone, tmp_path_factory) -> SimpleNamespace:
     """run_1 stopped in its last evaluation, with a cache that holds all there is to hold."""
     alone("run_1")
     folder = tmp_path_factory.mktemp("stopped")
-    patch = SIGNAL_AT.format(where="evaluate_absorption", when="True", name="SIGTERM")
+    patch = SIGNAL_AT.format(
+        where="lab.evaluation.evaluate_absorption", when="True", name="SIGTERM"
+    )
     process = tiny.run_script("--out_dir=run_1", scale=scale, cache=cache, cwd=folder, patch=patch)
     assert_stopped(process, 75, "SIGTERM")
     return SimpleNamespace(folder=folder / "run_1", cache=cache)
@@ -152,7 +152,7 @@ def test_a_finished_run_that_was_changed_is_refused_by_name_and_left_out_of_the_
 ):
     alone("run_1")
     shutil.copytree(alone_in / "run_1", tmp_path / "run_1")
-    monkeypatch.setitem(lab.scales.SCALES, scale.name, scale)
+    monkeypatch.setitem(SCALES, scale.name, scale)
     monkeypatch.setenv("EXPERIMENT_SCALE", scale.name)
     argument = f"--out_dir={tmp_path / 'run_1'}"
     files = [p for p in (tmp_path / "run_1").rglob("*") if p.is_file() and p.name != ".lock"]
@@ -194,8 +194,8 @@ def test_no_flipped_bit_in_a_configuration_is_taken_for_a_run_that_was_asked_for
     for at in range(len(good)):
         (folder / "config.json").write_bytes(flipped(good, at))
         try:
-            assert lab.folders.check_folder(folder, identity)
-        except lab.process.ExperimentError:
+            assert check_folder(folder, identity)
+        except ExperimentError:
             refused += 1
             continue
         found = json.loads((folder / "config.json").read_bytes())
@@ -222,7 +222,7 @@ def test_damage_to_what_sae_bench_wrote_for_a_stopped_run_is_not_taken_over(
     for path in written:
         there = alone_in / path.relative_to(tmp_path)
         mine, its = (json.loads(p.read_text(encoding="utf-8")) for p in (path, there))
-        assert lab.results.without_times(mine) == lab.results.without_times(its)
+        assert without_times(mine) == without_times(its)
 
 
 # ── Resources and concurrency ───────────────────────────────────────────────────────────────────
@@ -257,7 +257,7 @@ def test_a_cache_that_cannot_be_written_is_one_clear_sentence(scale, tmp_path):
 def test_memory_that_runs_out_is_one_clear_sentence(scale, alone, cache, tmp_path):
     alone("run_1")
     limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30,) * 2)"
-    wide = experiment.replace(scale, d_sae=40_000_000)  # 10 GB of weights
+    wide = replace(scale, d_sae=40_000_000)  # 10 GB of weights
     process = tiny.run_script("--out_dir=run_7", scale=wide, cache=cache, cwd=tmp_path, patch=limit)
     assert_refused(process, "memory is full", "run the same command again")
 
@@ -282,20 +282,25 @@ def hook(event, arguments):
             raise error
 sys.addaudithook(hook)
 
-save_file = experiment.save_file
+from safetensors import SafetensorError, torch as safetensors
+save_file = safetensors.save_file
 def saved(tensors, path, **named):
     if no_room(path):
         words = "Error while serializing: I/O error: No space left on device (os error 28)"
-        raise experiment.SafetensorError(words)
+        raise SafetensorError(words)
     return save_file(tensors, path, **named)
-experiment.save_file = saved
+rooms = [room for name, room in sys.modules.items() if name.startswith("lab.")]
+for room in rooms:
+    if hasattr(room, "save_file"):
+        room.save_file = saved
 
-torch_save = experiment.torch.save
+import torch
+torch_save = torch.save
 def torch_saved(value, path):
     if no_room(path):
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
     return torch_save(value, path)
-experiment.torch.save = torch_saved
+torch.save = torch_saved
 
 for place in places:
     full.append(place)
@@ -373,7 +378,7 @@ def test_a_disk_that_is_ever_a_little_too_small_loses_nothing(small_disk, scale,
 # Even root obeys a folder's permissions once it has given up CAP_DAC_OVERRIDE (1) and
 # CAP_DAC_READ_SEARCH (2), and what it wrote stays as it was.
 NOT_ALMIGHTY = """
-import ctypes
+import ctypes, os
 libc, header = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0)
 held = (ctypes.c_uint32 * 6)()
 assert libc.capget(header, held) == 0
@@ -381,7 +386,7 @@ for i in (0, 1):
     held[i] &= ~0b110
 assert libc.capset(header, held) == 0
 for place, cache in {tries!r}:
-    experiment.os.environ["COSINE_SAE_CACHE"] = cache
+    os.environ["COSINE_SAE_CACHE"] = cache
     print("tried", experiment.main(["--out_dir=" + place]), flush=True)
 """
 
@@ -440,7 +445,7 @@ def test_four_runs_at_once_on_a_cold_cache_give_the_results_they_give_alone(alon
     ids=["none", "one word", "one enormous document", "one word throughout", "no valid unicode"],
 )
 def test_odd_text_is_trained_on_or_refused_in_one_sentence(documents, said, scale, cache, tmp_path):
-    patch = f"lab.packaged_text.packaged_documents = lambda _: {documents}"
+    patch = f"lab.text.packaged_documents = lambda _: {documents}"
     arguments = {"scale": scale, "cache": cache, "cwd": tmp_path, "patch": patch}
     process = tiny.run_script("--out_dir=run_7", **arguments)
     if said or process.returncode:
@@ -463,7 +468,7 @@ for factor in ("nan", "inf", "0"):
 def test_residuals_that_are_no_numbers_or_all_the_same_are_refused(scale, alone, cache, tmp_path):
     """The probes come from the cache: training itself has to notice."""
     alone("run_1")
-    fresh = experiment.replace(scale, keep_activations=False)
+    fresh = replace(scale, keep_activations=False)
     arguments = {"scale": fresh, "cache": cache, "cwd": tmp_path, "patch": SPOILED}
     process = tiny.run_script("--out_dir=run_7", **arguments)
     assert [f"tried {factor} 1" in process.stdout for factor in ("nan", "inf", "0")] == [True] * 3
@@ -520,10 +525,10 @@ experiment.Trainer.step = step
 
 def watched(steps: int, every: int, scale, cache, tmp_path) -> list[tuple[int, int, int]]:
     """(step, pages resident, files open), now and then."""
-    long = experiment.replace(scale, training_tokens=steps * 256, keep_activations=False)
+    long = replace(scale, training_tokens=steps * 256, keep_activations=False)
     repeated = (
-        "documents = lab.packaged_text.packaged_documents\n"
-        "lab.packaged_text.packaged_documents = lambda scale: documents(scale) * 3\n"
+        "documents = lab.text.packaged_documents\n"
+        "lab.text.packaged_documents = lambda scale: documents(scale) * 3\n"
     )
     patch = repeated + WATCH.format(every=every)
     arguments = {"scale": long, "cache": cache, "cwd": tmp_path, "patch": patch}

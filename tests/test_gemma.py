@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,18 +20,13 @@ import pytest
 import tiny
 from hub import MODEL, TEXT, TEXT_REVISION, LocalHub, make_hub
 
-import experiment
-import lab.evaluation
-import lab.language_model
-import lab.preflight
-import lab.scales
-import lab.text
+from lab.scales import SCALES, Scale
 
 LAYERS = (0, 1, 2)
 OFFICIAL = json.loads((tiny.ROOT / "run_0" / "final_info.json").read_text(encoding="utf-8"))
 
 
-def small(**changes) -> lab.scales.Scale:
+def small(**changes) -> Scale:
     """The gemma-2-2b scale with its sizes cut down; names, tasks, text and layers' number stay."""
     sizes = tiny.SMALL | {
         "layers": LAYERS,
@@ -39,7 +34,7 @@ def small(**changes) -> lab.scales.Scale:
         "n_seeds": 1,
         "checkpoint_seconds": 0,
     }
-    return experiment.replace(lab.scales.SCALES["gemma-2-2b"], **sizes | changes)
+    return replace(SCALES["gemma-2-2b"], **sizes | changes)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +52,7 @@ def start(
     hub: LocalHub,
     cache: Path,
     cwd: Path,
-    scale: lab.scales.Scale,
+    scale: Scale,
     patch: str = "",
     launcher: tuple[str, ...] = (),
     **environment: str,
@@ -135,7 +130,7 @@ def test_probing_is_configured_as_in_the_given_baseline(undisturbed):
             assert ours.keys() == given["eval_config"].keys()
             for name in ours.keys() - cut_down:
                 assert ours[name] == given["eval_config"][name], name
-    scale = lab.scales.SCALES["gemma-2-2b"]
+    scale = SCALES["gemma-2-2b"]
     for name in ("probe_train_set_size", "probe_test_set_size", "context_length"):
         assert getattr(scale, name) == given["eval_config"][name]
     assert list(scale.k_values) == given["eval_config"]["k_values"]
@@ -222,11 +217,11 @@ def test_ten_kills_at_random_moments_change_nothing(hub, cache, undisturbed, tmp
 # ── The text over a bad network ──────────────────────────────────────────────────────────────────
 
 READ = """
-import json, sys
+import json, sys, time
 sys.path.insert(0, {root!r})
-import experiment
-experiment.time.sleep = lambda s: None
-found = list(lab.text.streamed_documents(lab.scales.OPENWEBTEXT, {start}))
+from lab import scales, text
+time.sleep = lambda s: None
+found = list(text.streamed_documents(scales.OPENWEBTEXT, {start}))
 print(json.dumps(found))
 """
 
@@ -276,7 +271,7 @@ def test_a_network_that_stays_away_is_an_error_that_says_what_to_do(hub):
 def refused(hub: LocalHub, folder: Path, **environment: str) -> tuple[str, float]:
     """The message of a run that cannot start, and the seconds it took."""
     begun = time.monotonic()
-    scale = lab.scales.SCALES["gemma-2-2b"]
+    scale = SCALES["gemma-2-2b"]
     finish(start(hub, folder / "cache", folder, scale, **environment), folder, status=1)
     assert not (folder / "run_2" / "config.json").exists()
     return (folder / "stderr").read_text(), time.monotonic() - begun
@@ -309,9 +304,10 @@ def test_all_that_cannot_be_had_is_listed_in_one_message(hub, tmp_path):
 
 # Training alone, in float32: gradients are added up in another order, and rounding shows.
 TRAIN_ONLY = """
-load = lab.language_model.load_language_model
-lab.language_model.load_language_model = lambda scale: load(scale, experiment.torch.float32)
-lab.evaluation.evaluate = lambda *arguments: {}
+import torch
+load = experiment.load_language_model
+experiment.load_language_model = lambda scale: load(scale, torch.float32)
+experiment.evaluate = lambda *arguments: {}
 lab.preflight.not_enough_room = lambda *arguments: []
 """
 
@@ -342,9 +338,9 @@ def test_two_processes_follow_the_curve_of_one_also_when_they_are_stopped(
     scale = small(training_dtype="float32", checkpoint_seconds=0)
     slowly = TRAIN_ONLY + "\n".join(
         [
+            "import time",
             "step = experiment.Trainer.step",
-            "wait = experiment.time.sleep",
-            "experiment.Trainer.step = lambda self, x: (wait(0.1), step(self, x))[1]",
+            "experiment.Trainer.step = lambda self, x: (time.sleep(0.1), step(self, x))[1]",
         ]
     )
     process = start(hub, cache, tmp_path, scale, slowly, torchrun(2), OMP_NUM_THREADS="1")

@@ -12,15 +12,13 @@ from pathlib import Path
 
 import hub as stand_in
 import pytest
+import tiny
 import torch
 from hub import MODEL, TEXT, TEXT_REVISION, LocalHub
 
-import experiment
-import lab.bench
-import lab.packaged_text
-import lab.storage
+from lab.packaged_text import PROSE
+from lab.storage import file_sha256
 
-ROOT = Path(experiment.__file__).resolve().parent
 ROWS = 20  # of every class in each split
 SHARD = f"/datasets/{TEXT}/resolve/main/data/train-00000-of-00004.parquet"
 STREAM = f"""
@@ -44,11 +42,11 @@ def hub(folder):
 
 def client(hub: LocalHub, code: str, **environment: str):
     """What `code` leaves in `result`, in a process of its own that knows the hub only."""
-    code = f"import json, experiment\n{code}\nprint('\\n' + json.dumps(result))"
+    code = f"import json, lab\n{code}\nprint('\\n' + json.dumps(result))"
     run = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | hub.environment | environment,
-        cwd=ROOT,
+        cwd=tiny.ROOT,
         capture_output=True,
         text=True,
         timeout=300,
@@ -107,7 +105,7 @@ result = {{
     assert result["gated"] is False
     weights = sorted(model.glob("*.safetensors"))
     assert len(weights) == 3  # the real ones come in three shards, too
-    assert result["lfs"] == {path.name: lab.storage.file_sha256(path) for path in weights}
+    assert result["lfs"] == {path.name: file_sha256(path) for path in weights}
     assert re.fullmatch("[0-9a-f]{40}", result["sha"][0])
     assert result["sha"][1] == TEXT_REVISION
     names = [f"RepoFile data/train-0000{i}-of-00004.parquet" for i in range(4)]
@@ -242,8 +240,9 @@ for name in SparseProbingEvalConfig().dataset_names:
 def test_the_one_dataset_with_a_script_is_read_without_it_and_gives_the_same_texts(hub):
     code = f"""
 from sae_bench.sae_bench_utils import dataset_utils
+from lab.bench import load_data_only
 if {{ours}}:
-    dataset_utils.load_dataset = lab.bench.load_data_only
+    dataset_utils.load_dataset = load_data_only
 name = "codeparrot/github-code"
 result = dataset_utils.get_multi_label_train_test_data(name, {2 * ROWS}, {2 * ROWS}, 42)"""
     found = client(hub, code.format(ours=True))
@@ -256,7 +255,7 @@ def test_no_probing_text_stands_in_the_documents():
     bios, stars = stand_in.PROFESSIONS.values(), sum(stand_in.STARS.values(), ())
     numbers = [number for number, _ in [*bios, *stars, *stand_in.NEWS.values()]]
     numbers += [number for number, _ in stand_in.SPEECH.values()]
-    assert not set(numbers) & set(lab.packaged_text.PROSE)
+    assert not set(numbers) & set(PROSE)
 
 
 # ── Refusals ─────────────────────────────────────────────────────────────────────────────────────

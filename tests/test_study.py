@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 import experiment
-import lab.folders
-import lab.scales
-import lab.storage
+from lab.folders import differences
+from lab.scales import SCALES
+from lab.storage import json_text
 
 STUDY = Path(experiment.__file__).parent / "results" / "laptop"
-SCALE = lab.scales.SCALES["laptop"]
+SCALE = SCALES["laptop"]
 ENTRY = "laptop layer 8"
 MAIN_METRICS = (
     "loss_roughness",
@@ -37,8 +37,8 @@ def results_of(run: str) -> dict:
 def test_the_committed_numbers_came_from_the_committed_configuration(run):
     config = json.loads((STUDY / run / "config.json").read_text(encoding="utf-8"))
     identity = {"run_name": run, "run": asdict(experiment.RUNS[run]), "scale": asdict(SCALE)}
-    now = json.loads(lab.storage.json_text(identity))
-    assert lab.folders.differences({name: config[name] for name in now}, now) == []
+    now = json.loads(json_text(identity))
+    assert differences({name: config[name] for name in now}, now) == []
 
 
 @pytest.mark.parametrize("run", experiment.RUNS)

@@ -2,11 +2,13 @@
 
 The embedding of make_model() spells the first letter of every word, so that SAE-Bench's
 first-letter probes work and absorption really runs; everything else in it is small and random.
+Below stands what else several files share: signals, files, and texts of numbers with their reader.
 """
 
 import contextlib
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -16,15 +18,22 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
 import experiment
-import lab.absorption
-import lab.packaged_text
-import lab.process
-import lab.scales
-import lab.storage
+from lab.absorption import evaluate_absorption
+from lab.checkpoints import Checkpoints, TrainingLog
+from lab.language_model import load_language_model
+from lab.packaged_text import sae_probes_rows
+from lab.probing import evaluate_probing
+from lab.process import Ranks, Signals, quiet_transformers
+from lab.results import without_times
+from lab.saved_sae import save_saes
+from lab.scales import SCALES, Scale
+from lab.storage import file_sha256
+from lab.text import Lane, heldout_contexts
 
 ROOT = Path(experiment.__file__).resolve().parent
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -44,7 +53,7 @@ def make_tokenizer(folder: Path, per_letter: int = 40):
 
     counts: Counter[str] = Counter()
     for number in (97, 157):  # news articles, reviews
-        for text, _ in lab.packaged_text.sae_probes_rows(number)[:600]:
+        for text, _ in sae_probes_rows(number)[:600]:
             counts.update(re.findall(PIECE, text))
     words: dict[str, list[str]] = {letter: [] for letter in LETTERS}
     for piece, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
@@ -115,7 +124,7 @@ def make_model(folder: Path, knows_letters: bool = True) -> Path:
         if not knows_letters:
             words = embedding[len(SPECIAL) :]
             words.copy_(words[torch.randperm(len(words))])
-    with lab.process.quiet_transformers():
+    with quiet_transformers():
         model.save_pretrained(folder)
     return folder
 
@@ -139,7 +148,7 @@ SMALL = {  # any scale, shrunk to a few batches of a tiny model
 }
 
 
-def tiny_scale(folder: Path, **changes) -> lab.scales.Scale:
+def tiny_scale(folder: Path, **changes) -> Scale:
     """The laptop scale, shrunk."""
     small = SMALL | {
         "name": "tiny",
@@ -150,7 +159,30 @@ def tiny_scale(folder: Path, **changes) -> lab.scales.Scale:
         "tasks": ("sentiment", "news"),
         "absorption_words": None,
     }
-    return replace(lab.scales.SCALES["laptop"], **small | changes)
+    return replace(SCALES["laptop"], **small | changes)
+
+
+def hundred_steps(**changes) -> Scale:
+    """100 steps of 10 tokens in 2 lanes, every number that a test uses written out."""
+    values = {
+        "name": "tiny",
+        "language_model": "none",
+        "text": "sae-probes",
+        "layers": (0,),
+        "training_tokens": 1000,
+        "batch_tokens": 10,
+        "d_sae": 64,
+        "n_seeds": 2,
+        "learning_rate": 0.5,
+        "warmup_steps": 10,
+        "decay_fraction": 0.2,
+        "target_l0": 4.0,
+        "initial_l0": 64.0,
+        "tightening_fraction": 0.5,
+        "ema_horizon_fraction": 0.05,
+        "lanes": 2,
+    }
+    return Scale(**values | changes)
 
 
 # The real script's main() with the scale given as JSON put among its SCALES.  SAE-Bench's
@@ -184,7 +216,7 @@ sys.exit(experiment.main(sys.argv[1:]))
 
 def start_script(
     *arguments: str,
-    scale: lab.scales.Scale,
+    scale: Scale,
     cache: Path,
     cwd: Path,
     patch: str = "",
@@ -193,7 +225,8 @@ def start_script(
 ) -> subprocess.Popen:
     """`python experiment.py *arguments` in a process of its own, at `scale`.
 
-    `patch` is Python executed in that process before main(), with `experiment` in scope.
+    `patch` is Python executed in that process before main(), with `experiment` and `lab`, all of
+    its rooms, in scope.
     """
     driver = DRIVER.format(
         root=str(ROOT), scale=json.dumps(asdict(scale)), patch=patch, few_k=few_k
@@ -224,16 +257,39 @@ def run_script(*arguments: str, **how) -> subprocess.CompletedProcess:
     return ended(start_script(*arguments, **how))
 
 
+# ── Signals, files, numbers ─────────────────────────────────────────────────────────────────────
+
+
 @contextlib.contextmanager
-def signals() -> Iterator[lab.process.Signals]:
+def signals() -> Iterator[Signals]:
     """Signals(), as main() has it; what handled signals before does so again afterwards."""
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
     try:
-        yield lab.process.Signals()
+        yield Signals()
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+def stop_me(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+
+
+def tree(folder: Path) -> dict[str, tuple[str, int]]:
+    """Every file below a folder but locks: {relative path: (SHA-256, modification time in ns)}."""
+    return {
+        str(path.relative_to(folder)): (file_sha256(path), path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix != ".lock" and path.name != ".lock"
+    }
+
+
+def randn(*shape: int, seed: int = 8) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ── Text in lanes ───────────────────────────────────────────────────────────────────────────────
 
 
 class Numbers:
@@ -246,10 +302,102 @@ class Numbers:
         return SimpleNamespace(input_ids=[[int(word) for word in text.split()] for text in texts])
 
 
-def tree(folder: Path) -> dict[str, tuple[str, int]]:
-    """Every file below a folder but locks: {relative path: (SHA-256, modification time in ns)}."""
+def tokens_of(document: int) -> list[int]:
+    """No token stands twice in the text.  Documents are empty, short, and longer than a block."""
+    length = random.Random(document).choice([0, 1, 5, 7, 7, 20, 90])
+    return [1000 * document + i for i in range(length)]
+
+
+N_DOCUMENTS = 400
+# A block is 2 contexts of 5 tokens from each of 4 lanes; a batch is 2 rows of each.
+IN_LANES = Scale(
+    "tiny", "none", "sae-probes", (0, 2), 64, batch_tokens=8, context_length=6,
+    heldout_contexts=7, lm_batch=3, block_contexts=8, lanes=4,
+)  # fmt: skip
+
+
+class ReadingModel:
+    """A language model whose residual stream is the token itself; every 17th is an outlier."""
+
+    tokenizer, layers, identity = Numbers(), (0, 2), {"model": "reader"}
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.passes = 0
+
+    def is_special(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens < 0
+
+    def residuals(self, tokens_BL: torch.Tensor) -> dict[int, torch.Tensor]:
+        self.passes += 1
+        x = torch.stack([tokens_BL.float(), torch.where(tokens_BL % 17 == 0, 9.0, 1.0)], dim=-1)
+        return {layer: x + layer for layer in self.layers}
+
+
+def fresh(lanes: tuple[int, ...], first: int = 3) -> dict[int, Lane]:
+    return {i: Lane(first, []) for i in lanes}
+
+
+def in_pairs(items: list) -> list[tuple]:
+    return list(zip(items[::2], items[1::2], strict=True))
+
+
+# ── Saved SAEs, and what SAE-Bench says of them ─────────────────────────────────────────────────
+
+
+def trained(model: Path, folder: Path) -> SimpleNamespace:
+    """Two SAEs of the tiny model, trained through experiment's own functions and saved."""
+    # Alphas strictly inside (0, 1) and a long average: nothing of the export is trivial.
+    run = experiment.Run("for these tests", alpha_start=0.1, alpha_end=0.6, ema=True)
+    # Loose enough for latents to share a letter between them: absorption has something to find.
+    scale = tiny_scale(model, training_tokens=60 * 256, target_l0=32.0, ema_horizon_fraction=0.3)
+    with mock.patch.dict(os.environ, COSINE_SAE_CACHE=str(folder / "cache")), signals() as stop:
+        lm = load_language_model(scale)
+        heldout, first_document = heldout_contexts(scale, lm)
+        log = TrainingLog(folder / "training_log.jsonl", "run", {})
+        training = experiment.Training(scale, run, lm, first_document, Ranks())
+        training.train(log, Checkpoints(folder / "checkpoint", {}), stop)
+        hashes = save_saes(scale, lm, training.trainers, folder / "sae")
+    saved = {f"{name}_{digest[:12]}": folder / "sae" / name for name, digest in hashes.items()}
+    return SimpleNamespace(
+        scale=scale,
+        run=run,
+        lm=lm,
+        trainer=training.trainers[0],
+        saved=saved,
+        heldout=heldout,
+        records=log.records,
+    )
+
+
+def scores(trained, saved: dict[str, Path], folder: Path) -> list[tuple]:
+    """SAE-Bench's two results for each saved SAE, less the time of day."""
+    both = trained.scale, trained.lm
+    probing = evaluate_probing(*both, {1: saved}, folder / "sparse_probing")
+    absorption = evaluate_absorption(*both, 1, saved, folder / "absorption")
+    assert list(probing) == [(1, None)]
+    pairs = zip(probing[1, None], absorption, strict=True)
+    return [tuple(map(without_times, pair)) for pair in pairs]
+
+
+def package_files() -> dict[str, tuple[int, int]]:
+    """Size and time of everything in site-packages/sae_bench but compiled bytecode."""
+    import sae_bench
+
     return {
-        str(path.relative_to(folder)): (lab.storage.file_sha256(path), path.stat().st_mtime_ns)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.suffix != ".lock" and path.name != ".lock"
+        str(path): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in Path(sae_bench.__file__).parent.rglob("*")
+        if "__pycache__" not in path.parts
     }
+
+
+def evaluated(trained, folder: Path) -> SimpleNamespace:
+    """Both SAEs evaluated with an empty cache, and what lay around before and after."""
+    saes = next(iter(trained.saved.values())).parent
+    model, cache, cwd = Path(trained.scale.language_model), folder / "cache", folder / "cwd"
+    cwd.mkdir()
+    before = SimpleNamespace(package=package_files(), saes=tree(saes), model=tree(model))
+    with contextlib.chdir(cwd), mock.patch.dict(os.environ, COSINE_SAE_CACHE=str(cache)):
+        found = scores(trained, trained.saved, Path("eval"))  # relative to the caller's folder
+    after = SimpleNamespace(package=package_files(), saes=tree(saes), model=tree(model))
+    return SimpleNamespace(scores=found, before=before, after=after, cwd=cwd, cache=cache)

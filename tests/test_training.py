@@ -1,329 +1,33 @@
-"""Stopping and going on: signals, the log, checkpoints, and trainings that show no seam."""
+"""Trainings that are stopped and go on show no seam; both layers read the same tokens."""
 
 import contextlib
 import json
-import math
-import os
 import random
 import signal
-import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import stop_me
 
 import experiment
 import lab.activations
-import lab.online_absorption
-import lab.process
-import lab.scales
-import lab.storage
+import lab.text
 from experiment import Trainer, Training
+from lab.activations import calibrate
 from lab.checkpoints import Checkpoints, TrainingLog
-from lab.process import Interrupted, Ranks, Signals
-
-
-@pytest.fixture
-def signals():
-    with tiny.signals() as found:
-        yield found
-
-
-def stop_me(number: int = signal.SIGTERM) -> None:
-    os.kill(os.getpid(), number)
-
-
-# ── One process, or several ─────────────────────────────────────────────────────────────────────
-
-
-def test_a_process_that_is_alone_has_all_lanes_and_nobody_to_ask():
-    ranks, x = Ranks(), torch.tensor([1.0, 2.0])
-    assert (ranks.rank, ranks.world) == (0, 1)
-    assert ranks.lanes(16) == range(16)
-    ranks.average_(x)
-    ranks.largest_(x)
-    assert x.tolist() == [1.0, 2.0]
-    assert ranks.smallest(7) == 7
-    assert ranks.joined(x) is x
-    assert ranks.gathered("mine") == ["mine"]
-    assert ranks.first("mine") == "mine"
-
-
-def test_several_processes_share_the_lanes_without_gaps_or_are_told_how_many_can():
-    shares = []
-    for rank in range(4):
-        ranks = Ranks()
-        ranks.rank, ranks.world = rank, 4
-        shares.append(list(ranks.lanes(16)))
-        with pytest.raises(lab.process.ExperimentError, match="4 processes cannot share 6 lanes"):
-            ranks.lanes(6)
-    assert shares == [list(range(4 * rank, 4 * rank + 4)) for rank in range(4)]
-
-
-# ── Signals ─────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_raised_at_once_or_kept_for_later(signals, number):
-    with pytest.raises(Interrupted) as stop:
-        stop_me(number)
-    assert stop.value.signal_number == signals.received == number
-    assert not isinstance(stop.value, Exception), "nothing that suppresses errors swallows it"
-    signals.received, reached = None, False
-    with signals.kept():
-        with signals.kept():
-            stop_me(number)
-        assert signals.received == number
-        stop_me(number)  # still inside the outer one
-        reached = True
-    assert reached
-    with pytest.raises(Interrupted):
-        stop_me(number)
-
-
-def test_signals_are_raised_again_after_an_error_inside():
-    signals = Signals.__new__(Signals)
-    signals.received, signals.keep = None, False
-    with pytest.raises(KeyError), signals.kept():
-        raise KeyError
-    with pytest.raises(Interrupted):
-        signals._handle(signal.SIGTERM, None)
-
-
-def test_a_thread_that_is_not_the_main_one_leaves_the_handlers_alone():
-    before = signal.getsignal(signal.SIGTERM)
-    thread = threading.Thread(target=Signals)
-    thread.start()
-    thread.join()
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-# ── The log ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def written_log(path: Path, steps: int = 3) -> TrainingLog:
-    log = TrainingLog(path, "run_1", {})
-    for step in range(steps):
-        log([{"layer": 1, "step": step, "loss": [0.5 / (step + 1)]}])
-    return log
-
-
-def mark(log: TrainingLog) -> tuple[int, str]:
-    """What a checkpoint holds of a log."""
-    return log.size, log.digest.hexdigest()
-
-
-@pytest.mark.parametrize("after", [b"", b'{"step": 2}\n{"step": 3}\n', b'{"st', b"\xff\x00"])
-def test_the_log_goes_on_after_what_a_checkpoint_knows_of_it(tmp_path, after):
-    first = written_log(tmp_path / "log", 2)
-    known = (tmp_path / "log").read_bytes()
-    assert mark(first)[0] == len(known)
-    with (tmp_path / "log").open("ab") as file:
-        file.write(after)
-    log = TrainingLog(tmp_path / "log", "run_1", {})
-    assert log.take_up(*mark(first))
-    assert (tmp_path / "log").read_bytes() == known, "what follows is cut off"
-    assert log.records == [json.loads(line) for line in known.splitlines()]
-    log([{"layer": 1, "step": 2, "loss": [0.1]}])
-    first([{"layer": 1, "step": 2, "loss": [0.1]}])  # as if it had never stopped
-    assert mark(log) == mark(first)
-    assert log.records == first.records
-
-
-def test_a_log_that_is_not_the_one_that_was_written_is_not_taken_up_and_stays(tmp_path):
-    size, digest = mark(written_log(tmp_path / "log", 2))
-    text = (tmp_path / "log").read_bytes()
-    for other in (text[:-1], text.replace(b"0.5", b"0.6"), b"", b"x" + text):
-        (tmp_path / "log").write_bytes(other)
-        log = TrainingLog(tmp_path / "log", "run_1", {})
-        assert not log.take_up(size, digest)
-        assert (tmp_path / "log").read_bytes() == other
-        assert (log.records, log.size) == ([], 0)
-    (tmp_path / "log").unlink()
-    assert not TrainingLog(tmp_path / "log", "run_1", {}).take_up(size, digest)
-
-
-def test_a_process_that_does_not_write_reads_the_log_and_changes_nothing(tmp_path):
-    size, digest = mark(written_log(tmp_path / "log", 2))
-    with (tmp_path / "log").open("ab") as file:
-        file.write(b'{"step"')
-    before = (tmp_path / "log").read_bytes()
-    log = TrainingLog(tmp_path / "log", "run_1", {}, writes=False)
-    assert log.take_up(size, digest)
-    log([{"layer": 1, "step": 2}])
-    assert [r["step"] for r in log.records] == [0, 1, 2]
-    assert (tmp_path / "log").read_bytes() == before
-
-
-# ── Checkpoints ─────────────────────────────────────────────────────────────────────────────────
-
-IDENTITY = {"run_name": "run_1", "scale": {"d_sae": 8}}
-
-
-def saved(folder: Path, steps: tuple[int, ...] = (10, 20, 30)) -> tuple[Checkpoints, TrainingLog]:
-    """A checkpoint every ten steps, each after one line more of the log."""
-    checkpoints = Checkpoints(folder / "checkpoint", IDENTITY)
-    log = TrainingLog(folder / "log", "run_1", {})
-    for step in steps:
-        log([{"layer": 1, "step": step}])
-        state = {"step": step, "best": [math.inf, 0.1], "lanes": {3: {"pending": [5, 6]}}}
-        checkpoints.save(step, {"x": torch.full((4,), float(step))}, state, log)
-    return checkpoints, log
-
-
-def read(folder: Path, identity: dict = IDENTITY) -> tuple[int | None, list[int]]:
-    """(step of the checkpoint a new process goes on from, steps of its log)."""
-    log = TrainingLog(folder / "log", "run_1", {})
-    found = Checkpoints(folder / "checkpoint", identity).read(log)
-    if found is None:
-        return None, [r["step"] for r in log.records]
-    tensors, state = found
-    assert tensors["x"].tolist() == [float(state["step"])] * 4
-    assert state["best"] == [math.inf, 0.1] and state["lanes"] == {"3": {"pending": [5, 6]}}
-    assert (folder / "log").read_text().splitlines() == [json.dumps(r) for r in log.records]
-    return state["step"], [r["step"] for r in log.records]
-
-
-def test_the_newest_two_checkpoints_are_kept_and_the_newest_is_read(tmp_path, capsys):
-    checkpoints, _ = saved(tmp_path)
-    names = [path.name.split("_")[1] for path in checkpoints.newest_first()]
-    assert names == ["00000030", "00000020"]
-    assert len(list((tmp_path / "checkpoint").iterdir())) == 2, "and nothing beside them"
-    assert read(tmp_path) == (30, [10, 20, 30])
-    assert capsys.readouterr().out == ""
-
-
-def test_without_a_checkpoint_there_is_none_to_read(tmp_path):
-    assert read(tmp_path) == (None, [])
-
-
-def flip(path: Path, at: int = -1) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)
-
-
-DAMAGES = {
-    "a bit of a weight": flip,
-    "a bit of the header": lambda path: flip(path, 20),
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    "empty": lambda path: path.write_bytes(b""),
-    "another file under its name": lambda path: save_file({"x": torch.zeros(4)}, path),
-    "a name without a checksum": lambda path: path.rename(
-        path.with_name("step_00000030.safetensors")
-    ),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, damage, capsys):
-    checkpoints, _ = saved(tmp_path)
-    DAMAGES[damage](checkpoints.newest_first()[0])
-    assert read(tmp_path) == (20, [10, 20]), "with the log as it was then"
-    out = capsys.readouterr().out
-    assert "checkpoint step_00000030" in out and "not used" in out and "step_00000020" not in out
-    for path in checkpoints.newest_first():
-        path.write_bytes(b"")
-    assert read(tmp_path)[0] is None
-
-
-def test_a_checkpoint_of_another_configuration_is_refused(tmp_path, capsys):
-    saved(tmp_path)
-    before = (tmp_path / "log").read_bytes()
-    assert read(tmp_path, IDENTITY | {"scale": {"d_sae": 9}}) == (None, [])
-    assert capsys.readouterr().out.count("not of this run: not used") == 2
-    assert (tmp_path / "log").read_bytes() == before
-    assert read(tmp_path)[0] == 30
-
-
-def test_a_checkpoint_whose_part_of_the_log_was_changed_cannot_be_used(tmp_path):
-    saved(tmp_path)
-    lines = (tmp_path / "log").read_text().splitlines(keepends=True)
-    (tmp_path / "log").write_text("".join([*lines[:2], lines[2].replace("30", "31")]))
-    assert read(tmp_path) == (20, [10, 20]), "the older one's part is as it was"
-    (tmp_path / "log").write_text("".join([lines[0].replace("10", "11"), *lines[1:]]))
-    assert read(tmp_path) == (None, [])
-
-
-def test_a_write_that_was_killed_is_no_checkpoint(tmp_path, monkeypatch):
-    checkpoints, log = saved(tmp_path)
-
-    def killed(descriptor: int):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment.os, "fsync", killed)
-        with pytest.raises(KeyboardInterrupt):
-            checkpoints.save(40, {"x": torch.zeros(4)}, {}, log)
-    assert read(tmp_path) == (30, [10, 20, 30])
-    checkpoints.save(50, {"x": torch.zeros(4)}, {}, log)
-    assert len(list((tmp_path / "checkpoint").iterdir())) == 2, "its leftover is gone"
-
-
-def test_a_process_that_does_not_write_saves_nothing(tmp_path):
-    log = TrainingLog(tmp_path / "log", "run_1", {}, writes=False)
-    Checkpoints(tmp_path / "checkpoint", IDENTITY, writes=False).save(1, {}, {}, log)
-    assert list(tmp_path.iterdir()) == []
-
-
-# ── Parts of the evaluation ─────────────────────────────────────────────────────────────────────
-
-
-class Computed:
-    def __init__(self, value: object):
-        self.value, self.times = value, 0
-
-    def __call__(self) -> object:
-        self.times += 1
-        return self.value
-
-
-def test_a_finished_part_is_remembered_as_json_has_it(tmp_path):
-    compute = Computed({"fvu": 0.1 + 0.2, "letters": ("a", "ä"), "missing": None})
-    path = tmp_path / "evaluated" / "fidelity.json"
-    first = lab.storage.remembered(path, compute)
-    assert first == {"fvu": 0.1 + 0.2, "letters": ["a", "ä"], "missing": None}
-    assert lab.storage.remembered(path, compute) == first, "to the last bit, and in the same types"
-    assert compute.times == 1
-    assert lab.storage.remembered(tmp_path / "by_layer.json", Computed({5: 1})) == {"5": 1}
-    assert [p.name for p in path.parent.iterdir()] == ["fidelity.json"]
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda text: text.replace("0.25", "0.26"),
-        lambda text: text[:-3],
-        lambda text: "",
-        lambda text: "[1]",
-        lambda text: json.dumps(json.loads(text)["value"]),
-    ],
-    ids=["a number", "truncated", "empty", "another file", "no checksum"],
-)
-def test_a_damaged_part_is_computed_again(tmp_path, damage):
-    compute, path = Computed({"fvu": 0.25}), tmp_path / "fidelity.json"
-    lab.storage.remembered(path, compute)
-    path.write_text(damage(path.read_text()))
-    assert lab.storage.remembered(path, compute) == {"fvu": 0.25}
-    assert compute.times == 2
-    lab.storage.remembered(path, compute)
-    assert compute.times == 2
-
-
-def test_a_part_that_fails_is_not_remembered(tmp_path):
-    path = tmp_path / "fidelity.json"
-    with pytest.raises(ZeroDivisionError):
-        lab.storage.remembered(path, lambda: 1 / 0)
-    assert lab.storage.remembered(path, Computed(3)) == 3
-
+from lab.online_absorption import OnlineAbsorption
+from lab.process import ExperimentError, Interrupted, Ranks, Signals
+from lab.scales import Scale
 
 # ── A trainer ───────────────────────────────────────────────────────────────────────────────────
 
 D_IN = 8
-SCALE = lab.scales.Scale(
+SCALE = Scale(
     "tiny", "none", "sae-probes", (1, 12), training_tokens=14 * 32 + 5, batch_tokens=32,
     context_length=9, heldout_contexts=4, d_sae=24, n_seeds=2, learning_rate=0.02, warmup_steps=2,
     target_l0=4.0, initial_l0=12.0, ema_horizon_fraction=0.3, lm_batch=5, block_contexts=16,
@@ -333,14 +37,14 @@ SCALE = lab.scales.Scale(
 KINDS = ("run_1", "run_2", "run_7", "run_8", "run_10")
 
 
-def online_absorption(*_) -> lab.online_absorption.OnlineAbsorption:
+def online_absorption(*_) -> OnlineAbsorption:
     """Forty words of four letters, noisy enough for absorption to be anything."""
     generator = torch.Generator().manual_seed(3)
     y, weight, f1 = torch.arange(40) % 4, torch.zeros(26, D_IN), torch.zeros(26)
     weight[:4], f1[:4] = torch.eye(D_IN)[:4], 1.0
     X = 2 * torch.eye(D_IN)[y] + 0.7 * torch.randn(40, D_IN, generator=generator)
     probe = {"weight": weight, "bias": torch.full((26,), -0.1), "f1": f1, "X": X, "y": y}
-    return lab.online_absorption.OnlineAbsorption(probe, SCALE.online_words)
+    return OnlineAbsorption(probe, SCALE.online_words)
 
 
 def batches() -> list[torch.Tensor]:
@@ -349,7 +53,7 @@ def batches() -> list[torch.Tensor]:
 
 
 def fresh_trainer(name: str) -> Trainer:
-    units = lab.activations.calibrate(torch.cat(batches()))
+    units = calibrate(torch.cat(batches()))
     trainer = Trainer(SCALE, experiment.RUNS[name], 12, units, Ranks())
     trainer.online = online_absorption()
     trainer.sae.b_enc.data[:, 0] = -100.0  # a latent that never fires
@@ -452,7 +156,7 @@ def text(monkeypatch) -> list[str]:
     texts = [
         " ".join(str(r.randrange(97)) for _ in range(r.choice((3, 9, 40)))) for _ in range(200)
     ]
-    monkeypatch.setattr(experiment, "packaged_documents", lambda scale: texts)
+    monkeypatch.setattr(lab.text, "packaged_documents", lambda scale: texts)
     monkeypatch.setattr(experiment, "online_absorption", online_absorption)
     return texts
 
@@ -509,7 +213,7 @@ def test_a_run_stopped_by_a_signal_in_a_step_goes_on_as_if_it_never_had(
         first.train(signals)
     assert stop.value.signal_number == signal.SIGTERM
     monkeypatch.undo()
-    monkeypatch.setattr(experiment, "packaged_documents", lambda scale: text)
+    monkeypatch.setattr(lab.text, "packaged_documents", lambda scale: text)
     monkeypatch.setattr(experiment, "online_absorption", online_absorption)
     assert len((tmp_path / "stopped" / "log").read_text().splitlines()) == 14
     signals.received = None
@@ -545,7 +249,7 @@ def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(
     text, tmp_path, signals, monkeypatch
 ):
     whole = Execution(tmp_path / "whole").train(signals)
-    often = experiment.replace(SCALE, checkpoint_seconds=0)
+    often = replace(SCALE, checkpoint_seconds=0)
     first = Execution(tmp_path / "killed", scale=often)
     step = Trainer.step
 
@@ -570,7 +274,7 @@ def test_a_signal_before_the_first_step_leaves_something_to_go_on_from(
     whole = Execution(tmp_path / "whole").train(signals)
     first = Execution(tmp_path / "stopped")
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(experiment, "block_order", lambda *_: stop_me())
+        patch.setattr(lab.activations, "block_order", lambda *_: stop_me())
         first.train(signals)
     signals.received = None
     assert_same_result(Execution(tmp_path / "stopped").train(signals), whole)
@@ -600,7 +304,7 @@ def test_checkpoints_come_as_often_as_asked_for(text, tmp_path, signals, monkeyp
     Execution(tmp_path / "seldom").train(signals)
     assert saved_at == [14]
     saved_at.clear()
-    often = experiment.replace(SCALE, checkpoint_seconds=0)
+    often = replace(SCALE, checkpoint_seconds=0)
     Execution(tmp_path / "often", scale=often).train(signals)
     assert saved_at == [*range(1, 15), 14]
 
@@ -628,8 +332,8 @@ class SaveNothing:
 
 def test_a_text_that_ends_too_early_is_an_error_that_says_where(text, tmp_path, signals):
     del text[30:]
-    with pytest.raises(lab.process.ExperimentError, match=r"ended after \d+ of 14 steps: lower"):
+    with pytest.raises(ExperimentError, match=r"ended after \d+ of 14 steps: lower"):
         Execution(tmp_path / "run").train(signals)
     del text[6:]
-    with pytest.raises(lab.process.ExperimentError, match="shorter than one block of 16 contexts"):
+    with pytest.raises(ExperimentError, match="shorter than one block of 16 contexts"):
         Execution(tmp_path / "other")

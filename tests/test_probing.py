@@ -1,0 +1,128 @@
+"""Means over probing texts are SAE-Bench's own, for all layers and SAEs in one pass."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lab.language_model import LanguageModel
+from lab.probing import MeanByText, ProbingTexts, evaluate_probing
+from lab.results import without_times
+from lab.saved_sae import load_sae, read_out
+
+LABELS = ("a", "b")
+
+
+@pytest.fixture(scope="module")
+def two_layers(tiny_model) -> LanguageModel:
+    return LanguageModel.load(tiny_model, "tiny", (1, 3), torch.float32)
+
+
+def padded_texts(lm) -> dict[str, dict[str, torch.Tensor]]:
+    """Seven and nine texts as SAE-Bench tokenises them: BOS first, padding of any length last."""
+    generator, texts = torch.Generator().manual_seed(0), {}
+    for label, n in zip(LABELS, (7, 9), strict=True):
+        tokens = torch.randint(4, len(lm.tokenizer), (n, 20), generator=generator)
+        tokens[:, 0] = lm.tokenizer.bos_token_id
+        for i, row in enumerate(tokens):
+            row[20 - 2 * i :] = lm.tokenizer.pad_token_id
+        tokens[1, 5] = lm.tokenizer.eos_token_id
+        texts[label] = {"input_ids": tokens}
+    return texts
+
+
+def padded_residuals(lm, texts: dict, layer: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """What SAE-Bench's own functions are given: [texts, L, D], zero at special tokens."""
+    return {
+        label: (
+            lm.residuals(found["input_ids"])[layer] * ~lm.is_special(found["input_ids"])[..., None]
+        ).to(dtype)
+        for label, found in texts.items()
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "read again"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_means_over_texts_are_sae_benchs_own(trained, two_layers, tmp_path, dtype, keep):
+    from sae_bench.sae_bench_utils import activation_collection as theirs
+
+    lm = two_layers
+    scale = replace(trained.scale, keep_activations=keep, evaluation_dtype=dtype, lm_batch=4)
+    like, tolerance = getattr(torch, dtype), {"float32": 1e-5, "bfloat16": 1e-2}[dtype]
+    first, second = (load_sae(path).to(dtype=like) for path in trained.saved.values())
+    read_outs = [read_out(first, alpha) for alpha in (0.0, 0.3, 1.0)]
+    saes, inputs = {1: [first, *read_outs, second], 3: [second]}, padded_texts(lm)
+    texts = ProbingTexts(scale, lm, tmp_path, saes)
+    for layer, of_layer in saes.items():
+        hook = f"blocks.{layer}.hook_resid_post"
+        handles = texts.collect(inputs, None, 4, layer, hook, True)
+        given = padded_residuals(lm, inputs, layer, like)
+        for found, expected in [
+            (texts.mean_residuals(handles), theirs.create_meaned_model_activations(given)),
+            *(
+                (
+                    texts.mean_latents(handles, sae, 5),
+                    theirs.get_sae_meaned_activations(given, sae, 5),
+                )
+                for sae in of_layer
+            ),
+        ]:
+            assert list(found) == list(expected) == list(LABELS)
+            for label, mean in expected.items():
+                assert found[label].dtype == mean.dtype == like
+                assert ((found[label] - mean).norm() / mean.norm()).item() < tolerance
+    held = load_file(next(tmp_path.glob("*.safetensors")))
+    assert held.keys() == ({"tokens", "owners", "residuals"} if keep else {"tokens"})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("keep", "passes"), [(True, [4, 4, 4]), (False, [0, 4, 4])])
+def test_one_pass_of_the_language_model_serves_all_layers_and_all_saes(
+    trained, two_layers, tmp_path, keep, passes
+):
+    lm, counted = two_layers, []
+    scale = replace(trained.scale, keep_activations=keep, lm_batch=5)
+    first, second = map(load_sae, trained.saved.values())
+    saes, inputs = {1: [first, second], 3: [second]}, padded_texts(lm)
+    hook = lm.model.base_model.register_forward_hook(lambda *_: counted.append(None))
+    try:
+        texts = ProbingTexts(scale, lm, tmp_path, saes)
+        handles = {i: texts.collect(inputs, None, 4, i, "", True) for i in saes}
+        found = [len(counted)]
+        for layer, of_layer in saes.items():
+            for sae in of_layer:
+                texts.mean_latents(handles[layer], sae, 5)
+        found.append(len(counted))
+        again = ProbingTexts(scale, lm, tmp_path, {})
+        assert again.collect(inputs, None, 4, 1, "", True) == handles[1]
+        assert [*found, len(counted)] == passes  # 7 and 9 texts are two passes each
+    finally:
+        hook.remove()
+    assert texts.latents == {}, "what was handed over is let go"
+
+
+def test_the_mean_by_text_is_that_of_the_rows_that_belong_to_it():
+    mean = MeanByText(3, 2, torch.device("cpu"))
+    mean.add(torch.tensor([0, 2, 2]), torch.tensor([[1.0, 2.0], [3.0, 0.0], [5.0, 0.0]]))
+    mean.add(torch.tensor([2, 1]), torch.tensor([[1.0, 9.0], [7.0, 7.0]], dtype=torch.bfloat16))
+    assert mean.result().tolist() == [[1.0, 2.0], [7.0, 7.0], [3.0, 3.0]]
+
+
+def test_several_read_outs_are_scored_in_one_evaluation(evaluated, trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("COSINE_SAE_CACHE", str(evaluated.cache))
+    folder = tmp_path / "sparse_probing"
+    found = evaluate_probing(trained.scale, trained.lm, {1: trained.saved}, folder, (0.0, 1.0))
+    assert list(found) == [(1, None), (1, 0.0), (1, 1.0)]
+    own, cosine, linear = ([without_times(r) for r in rs] for rs in found.values())
+    assert own == [probing for probing, _ in evaluated.scores]
+    for other in (cosine, linear):
+        assert [r["eval_result_metrics"]["llm"] for r in other] == [
+            r["eval_result_metrics"]["llm"] for r in own
+        ]
+        assert other != own
+    names = {path.name.removesuffix("_custom_sae_eval_results.json") for path in folder.iterdir()}
+    assert names == {
+        name + end for name in trained.saved for end in ("", "_readout_0", "_readout_1")
+    }
