@@ -45,7 +45,8 @@ def cosine_sae(model: Path, documents: Path, tokens: int, seeds: int = 1) -> dic
     from lab.absorption import first_letter_probes
     from lab.checkpoints import Checkpoints, TrainingLog
     from lab.language_model import load_language_model
-    from lab.process import Ranks, Signals
+    from lab.devices import Ranks
+from lab.process import Signals
     from lab.scales import SCALES
     from lab.text import heldout_contexts
 

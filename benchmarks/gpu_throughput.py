@@ -54,9 +54,9 @@ from lab.activations import (
     shuffled_batches,
     without_outliers,
 )
+from lab.devices import Ranks, training_device
 from lab.language_model import LanguageModel
 from lab.online_absorption import OnlineAbsorption
-from lab.process import Ranks, training_device
 from lab.scales import SCALES, Scale
 from lab.storage import json_text, versions, write_atomically
 

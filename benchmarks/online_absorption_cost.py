@@ -17,8 +17,8 @@ import torch
 
 import experiment
 from lab.activations import calibrate
+from lab.devices import Ranks
 from lab.online_absorption import OnlineAbsorption
-from lab.process import Ranks
 from lab.scales import SCALES, Scale
 
 

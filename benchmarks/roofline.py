@@ -20,8 +20,8 @@ import torch
 
 from experiment import RUNS, Trainer
 from lab.activations import calibrate
+from lab.devices import Ranks
 from lab.language_model import LanguageModel, load_language_model
-from lab.process import Ranks
 from lab.scales import SCALES, Scale
 
 Shape = tuple[int, int, int]  # [n, k] @ [k, m]

@@ -11,7 +11,7 @@ from tiny import randn
 
 import experiment
 from lab.activations import calibrate
-from lab.process import Ranks
+from lab.devices import Ranks
 from lab.scales import Scale
 
 # ── Weight average ──────────────────────────────────────────────────────────────────────────────

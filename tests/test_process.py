@@ -11,7 +11,8 @@ import pytest
 import torch
 from tiny import stop_me
 
-from lab.process import ExperimentError, Interrupted, Ranks, Signals, progress_bar
+from lab.devices import Ranks
+from lab.process import ExperimentError, Interrupted, Signals, progress_bar
 
 # ── Progress ────────────────────────────────────────────────────────────────────────────────────
 

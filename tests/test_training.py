@@ -20,8 +20,9 @@ import lab.text
 from experiment import Trainer, Training
 from lab.activations import calibrate
 from lab.checkpoints import Checkpoints, TrainingLog
+from lab.devices import Ranks
 from lab.online_absorption import OnlineAbsorption
-from lab.process import ExperimentError, Interrupted, Ranks, Signals
+from lab.process import ExperimentError, Interrupted, Signals
 from lab.scales import Scale
 
 # ── A trainer ───────────────────────────────────────────────────────────────────────────────────

@@ -24,11 +24,13 @@ import torch
 
 import experiment
 from lab.absorption import evaluate_absorption
-from lab.checkpoints import Checkpoints, TrainingLog
+from lab.checkpoints import Checkpoints, Keeper, TrainingLog
+from lab.devices import Ranks
+from lab.identity import experiment_fingerprint
 from lab.language_model import load_language_model
 from lab.packaged_text import sae_probes_rows
 from lab.probing import evaluate_probing
-from lab.process import Ranks, Signals, quiet_transformers
+from lab.process import Signals, quiet_transformers
 from lab.results import without_times
 from lab.saved_sae import save_saes
 from lab.scales import SCALES, Scale
@@ -134,10 +136,7 @@ SMALL = {  # any scale, shrunk to a few batches of a tiny model
     "context_length": 32,
     "heldout_contexts": 16,
     "d_sae": 96,
-    "learning_rate": 3e-3,
-    "warmup_steps": 2,
     "target_l0": 8.0,
-    "initial_l0": 48.0,
     "block_contexts": 64,
     "lanes": 4,
     "probe_train_set_size": 40,
@@ -146,6 +145,9 @@ SMALL = {  # any scale, shrunk to a few batches of a tiny model
     "online_every": 5,
     "online_words": 300,
 }
+
+
+RECIPE = experiment.Recipe(learning_rate=3e-3, warmup_steps=2)
 
 
 def tiny_scale(folder: Path, **changes) -> Scale:
@@ -173,28 +175,36 @@ def hundred_steps(**changes) -> Scale:
         "batch_tokens": 10,
         "d_sae": 64,
         "n_seeds": 2,
-        "learning_rate": 0.5,
-        "warmup_steps": 10,
-        "decay_fraction": 0.2,
         "target_l0": 4.0,
-        "initial_l0": 64.0,
-        "tightening_fraction": 0.5,
-        "ema_horizon_fraction": 0.05,
         "lanes": 2,
     }
     return Scale(**values | changes)
 
 
-# The real script's main() with the scale given as JSON put among its SCALES.  SAE-Bench's
-# absorption spends its time on k-sparse probes for k = 1 .. 10 of 26 letters: here k ends at 2.
+def recipe_of_hundred_steps(**changes) -> experiment.Recipe:
+    """The recipe that goes with them, its numbers written out as well."""
+    values = {
+        "learning_rate": 0.5,
+        "warmup_steps": 10,
+        "decay_fraction": 0.2,
+        "initial_l0_fraction": 1.0,  # 64 of 64
+        "tightening_fraction": 0.5,
+        "ema_horizon_fraction": 0.05,
+    }
+    return experiment.Recipe(**values | changes)
+
+
+# The real script's main() with the scale and the recipe, given as JSON, put among its own.  In
+# SAE-Bench's absorption k-sparse probes for k = 1 .. 10 of 26 letters take the time: here k ends
+# at 2.  With `quick`, nothing is scored at all.
 DRIVER = """
 import json, sys
 from functools import partial
 from unittest import mock
 
-sys.path.insert(0, {root!r})
+sys.path[:0] = [{script!r}, {root!r}]
 import experiment
-import lab.evaluation
+import lab.absorption, lab.evaluation, lab.scales
 
 evaluate_absorption = lab.absorption.evaluate_absorption
 
@@ -206,9 +216,17 @@ def with_few_k(*args):
 
 if {few_k!r}:
     lab.evaluation.evaluate_absorption = with_few_k
+
+def nothing_scored(scale, alphas, lm, units, saved, heldout, records, work, clock):
+    (work / "eval").mkdir(exist_ok=True)
+    return {{}}, work / "eval"
+
+if {quick!r}:
+    experiment.evaluate = nothing_scored
 lists = json.loads({scale!r})
 values = {{k: tuple(v) if isinstance(v, list) else v for k, v in lists.items()}}
 lab.scales.SCALES[values["name"]] = lab.scales.Scale(**values)
+experiment.RECIPES[values["name"]] = experiment.Recipe(**json.loads({recipe!r}))
 {patch}
 sys.exit(experiment.main(sys.argv[1:]))
 """
@@ -221,15 +239,25 @@ def start_script(
     cwd: Path,
     patch: str = "",
     few_k: bool = True,
+    quick: bool = False,
+    recipe: experiment.Recipe = RECIPE,
+    script: Path = ROOT,
     **environment: str,
 ) -> subprocess.Popen:
     """`python experiment.py *arguments` in a process of its own, at `scale`.
 
     `patch` is Python executed in that process before main(), with `experiment` and `lab`, all of
-    its rooms, in scope.
+    its rooms, in scope; `script` the folder of another experiment.py than ours; `quick`: SAEs are
+    trained, saved and checked, but not scored.
     """
     driver = DRIVER.format(
-        root=str(ROOT), scale=json.dumps(asdict(scale)), patch=patch, few_k=few_k
+        root=str(ROOT),
+        script=str(script),
+        scale=json.dumps(asdict(scale)),
+        recipe=json.dumps(asdict(recipe)),
+        patch=patch,
+        few_k=few_k,
+        quick=quick,
     )
     inherited = {name: v for name, v in os.environ.items() if not name.startswith("WANDB")}
     ours = {"EXPERIMENT_SCALE": scale.name, "COSINE_SAE_CACHE": str(cache)}
@@ -350,20 +378,25 @@ def trained(model: Path, folder: Path) -> SimpleNamespace:
     # Alphas strictly inside (0, 1) and a long average: nothing of the export is trivial.
     run = experiment.Run("for these tests", alpha_start=0.1, alpha_end=0.6, ema=True)
     # Loose enough for latents to share a letter between them: absorption has something to find.
-    scale = tiny_scale(model, training_tokens=60 * 256, target_l0=32.0, ema_horizon_fraction=0.3)
+    scale = tiny_scale(model, training_tokens=60 * 256, target_l0=32.0)
+    recipe = replace(RECIPE, ema_horizon_fraction=0.3)
     with mock.patch.dict(os.environ, COSINE_SAE_CACHE=str(folder / "cache")), signals() as stop:
         lm = load_language_model(scale)
         heldout, first_document = heldout_contexts(scale, lm)
         log = TrainingLog(folder / "training_log.jsonl", "run", {})
-        training = experiment.Training(scale, run, lm, first_document, Ranks())
-        training.train(log, Checkpoints(folder / "checkpoint", {}), stop)
-        hashes = save_saes(scale, lm, training.trainers, folder / "sae")
-    saved = {f"{name}_{digest[:12]}": folder / "sae" / name for name, digest in hashes.items()}
+        parts = experiment.begun(scale, recipe, run, lm, first_document, Ranks(), None)
+        checkpoints = Checkpoints(folder / "checkpoint", {})
+        experiment.train(scale, *parts, Keeper(log, checkpoints, stop, Ranks(), seconds=1e9))
+        settings = {"run": asdict(run), "recipe": asdict(recipe)}
+        experiment.register_with_sae_lens()
+        code = experiment_fingerprint(experiment.__file__)
+        (saved,) = save_saes(scale, lm, parts[0], folder / "sae", "run_1", code, settings).values()
     return SimpleNamespace(
         scale=scale,
         run=run,
         lm=lm,
-        trainer=training.trainers[0],
+        recipe=recipe,
+        trainer=parts[0][0],
         saved=saved,
         heldout=heldout,
         records=log.records,
