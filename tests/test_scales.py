@@ -13,11 +13,8 @@ from lab.scales import SCALES, Scale, choose_scale
 # ── What a scale refuses ────────────────────────────────────────────────────────────────────────
 
 
-def test_steps_and_ema_horizon_follow_from_the_token_budget():
-    s = hundred_steps(training_tokens=1009)
-    assert (s.total_steps, s.ema_horizon) == (100, 5.0)
-    short = hundred_steps(training_tokens=50)
-    assert short.ema_horizon == 1.0, "never below one step: decay = alpha"
+def test_steps_follow_from_the_token_budget():
+    assert hundred_steps(training_tokens=1009).total_steps == 100
 
 
 NUMBERS = [
@@ -25,12 +22,12 @@ NUMBERS = [
     for f in fields(Scale)
     if f.type in (int, float, int | None) and f.name != "keep_activations"
 ]
-MAY_BE_ZERO = {"warmup_steps", "decay_fraction", "evaluation_seed", "checkpoint_seconds"}
+MAY_BE_ZERO = {"evaluation_seed", "checkpoint_seconds"}
 
 
 def test_the_numbers_of_a_scale_are_all_found():
-    assert len(NUMBERS) >= 24, "the tests below cover only these"
-    assert {"training_tokens", "absorption_words", "gate_init", "online_every"} < set(NUMBERS)
+    assert len(NUMBERS) >= 16, "the tests below cover only these"
+    assert {"training_tokens", "absorption_words", "target_l0", "online_every"} < set(NUMBERS)
     assert {"lanes", "checkpoint_seconds"} < set(NUMBERS)
 
 
@@ -50,13 +47,6 @@ def test_a_zero_that_makes_no_sense_is_refused_by_name(name):
 @pytest.mark.parametrize("name", sorted(MAY_BE_ZERO))
 def test_a_zero_that_makes_sense_is_accepted(name):
     assert getattr(hundred_steps(**{name: 0}), name) == 0
-
-
-@pytest.mark.parametrize("name", [n for n in NUMBERS if n.endswith("_fraction")])
-def test_a_fraction_above_1_is_refused_by_name(name):
-    with pytest.raises(ExperimentError, match=f"{name}=1.01 must be at most 1"):
-        hundred_steps(**{name: 1.01})
-    assert getattr(hundred_steps(**{name: 1.0}), name) == 1.0
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(Scale) if f.type is int])
@@ -82,8 +72,7 @@ def test_a_number_of_things_that_is_no_whole_number_is_refused_by_name(name, val
         ("context_length", {"context_length": 1}),
         ("target_l0", {"target_l0": 64.0}),
         ("target_l0", {"target_l0": 100.0}),
-        ("initial_l0", {"initial_l0": 65.0}),
-        ("d_sae", {"d_sae": 32}),
+        ("d_sae", {"d_sae": 4}),
         ("evaluation_dtype", {"evaluation_dtype": "float16"}),
     ],
 )

@@ -1,14 +1,15 @@
-"""Schedules against numbers worked out by hand; what Run refuses and RUNS promises."""
+"""Schedules against numbers worked out by hand; what Run and Recipe refuse, and RUNS promises."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import pairwise
 
 import pytest
-from tiny import hundred_steps
+from tiny import hundred_steps, recipe_of_hundred_steps
 
 import experiment
 from lab.process import ExperimentError
+from lab.scales import SCALES
 
 # progress: alpha, worked out by hand for alpha_start 0.1 and alpha_end 0.9
 BY_HAND = {
@@ -57,59 +58,111 @@ def test_the_learned_blend_has_no_alpha():
 
 
 def test_every_schedule_name_has_a_function_and_no_function_is_unreachable():
-    assert set(experiment.ALPHA_SCHEDULES) == set(experiment.SCHEDULES)
-    assert set(BY_HAND) | {"learned"} == set(experiment.SCHEDULES), "a schedule without a test"
+    named = {run.schedule for run in experiment.RUNS.values()}
+    assert set(experiment.ALPHA_SCHEDULES) == named, "and every row of RUNS names one of them"
+    assert set(BY_HAND) | {"learned"} == named, "a schedule without a test"
 
 
 @pytest.mark.parametrize("progress", [-1e-9, 1 + 1e-9, -1.0, 2.0, math.nan])
 def test_progress_outside_0_to_1_is_refused(progress):
     with pytest.raises(ExperimentError, match="progress"):
-        experiment.alpha_at(experiment.METHOD, progress)
+        experiment.alpha_at(experiment.RUNS["run_1"], progress)
+
+
+@pytest.mark.parametrize("schedule", ["quadratic", "", "Linear"])
+def test_an_unknown_schedule_is_refused_with_the_names_there_are(schedule):
+    with pytest.raises(ExperimentError, match=f"schedule='{schedule}' is not one of") as error:
+        experiment.check_schedule(experiment.Run("bad", schedule=schedule))
+    assert all(name in str(error.value) for name in experiment.ALPHA_SCHEDULES)
+
+
+@pytest.mark.parametrize(
+    ("way", "found", "progress"),
+    [
+        (lambda p: 2 * p, "1.001", "0.563"),  # 0.1 + 0.8 * 2 * 0.563
+        (lambda p: p - 0.2, "-0.06", "0"),
+        (lambda p: 9.0 if p == 0.5 else p, "7.3", "0.5"),  # at one moment alone
+        (lambda p: math.nan, "nan", "0"),
+    ],
+    ids=["above", "below", "once", "no number"],
+)
+def test_a_schedule_that_leaves_0_to_1_is_refused_with_where_it_does(
+    way, found, progress, monkeypatch
+):
+    monkeypatch.setitem(experiment.ALPHA_SCHEDULES, "mine", way)
+    run = experiment.Run("mine", schedule="mine")
+    with pytest.raises(ExperimentError, match=r"ALPHA_SCHEDULES\['mine'\]") as error:
+        experiment.check_schedule(run)
+    assert f"gives alpha = {found} at progress {progress}:" in str(error.value)
+    with pytest.raises(ExperimentError, match="mine"):
+        experiment.chosen_recipe(SCALES["laptop"], run)
+
+
+def test_a_schedule_may_pass_its_end_as_long_as_alpha_stays_in_0_to_1(monkeypatch):
+    monkeypatch.setitem(experiment.ALPHA_SCHEDULES, "mine", lambda p: 1.125 * p)
+    experiment.check_schedule(experiment.Run("mine", schedule="mine"))  # 0.1 -> 1.0
+
+
+@pytest.mark.parametrize("name", sorted(experiment.RUNS))
+def test_every_run_of_the_plan_goes_with_the_recipe_of_every_scale(name):
+    for scale in SCALES.values():
+        recipe = experiment.chosen_recipe(scale, experiment.RUNS[name])
+        assert recipe is experiment.RECIPES[scale.name]
 
 
 # ── L0 target and learning rate ─────────────────────────────────────────────────────────────────
 
 
+def l0_target(progress: float, **changes) -> float:
+    return experiment.l0_target_at(hundred_steps(), recipe_of_hundred_steps(**changes), progress)
+
+
+def factor(step: int, **changes) -> float:
+    """What the optimiser's rates are multiplied by."""
+    recipe = recipe_of_hundred_steps(**changes)
+    return experiment.learning_rate_factor(hundred_steps(), recipe, step)
+
+
 def test_l0_target_falls_geometrically_and_rests_at_the_target():
-    s = hundred_steps()  # 64 -> 4 over the first half: a factor 2 every eighth
-    found = [experiment.l0_target_at(s, i / 8) for i in range(9)]
+    found = [l0_target(i / 8) for i in range(9)]
+    # 64 -> 4 over the first half: a factor 2 every eighth
     assert found == pytest.approx([64, 32, 16, 8, 4, 4, 4, 4, 4])
+    assert l0_target(0.0, initial_l0_fraction=0.25) == pytest.approx(16)
 
 
 def test_l0_target_is_the_target_from_tightening_fraction_on():
-    s = hundred_steps(tightening_fraction=0.3)
-    assert experiment.l0_target_at(s, 0.29) > 4.2
-    assert experiment.l0_target_at(s, 0.3) == pytest.approx(4.0)
-    assert experiment.l0_target_at(s, 1.0) == pytest.approx(4.0)
+    assert l0_target(0.29, tightening_fraction=0.3) > 4.2
+    assert l0_target(0.3, tightening_fraction=0.3) == pytest.approx(4.0)
+    assert l0_target(1.0, tightening_fraction=0.3) == pytest.approx(4.0)
 
 
 def test_learning_rate_warms_up_linearly_from_the_first_step():
-    s = hundred_steps()
-    found = [experiment.learning_rate_at(s, step) for step in (0, 1, 4, 8, 9)]
-    assert found == pytest.approx([0.05, 0.1, 0.25, 0.45, 0.5])
+    assert [factor(step) for step in (0, 1, 4, 8, 9)] == pytest.approx([0.1, 0.2, 0.5, 0.9, 1.0])
 
 
 def test_learning_rate_is_constant_between_warm_up_and_decay():
-    s = hundred_steps()
-    assert {experiment.learning_rate_at(s, step) for step in range(9, 81)} == {0.5}
+    assert {factor(step) for step in range(9, 81)} == {1.0}
 
 
 def test_learning_rate_falls_linearly_is_positive_at_the_last_step_and_0_just_after():
-    s = hundred_steps()
-    found = [experiment.learning_rate_at(s, step) for step in (85, 90, 95, 99, 100)]
-    assert found == pytest.approx([0.375, 0.25, 0.125, 0.025, 0.0])
-    assert experiment.learning_rate_at(s, s.total_steps - 1) > 0
+    found = [factor(step) for step in (85, 90, 95, 99, 100)]
+    assert found == pytest.approx([0.75, 0.5, 0.25, 0.05, 0.0])
+    assert factor(hundred_steps().total_steps - 1) > 0
 
 
 def test_learning_rate_without_warm_up_and_decay_is_one_constant():
-    s = hundred_steps(warmup_steps=0, decay_fraction=0.0)
-    assert {experiment.learning_rate_at(s, step) for step in range(100)} == {0.5}
+    assert {factor(step, warmup_steps=0, decay_fraction=0.0) for step in range(100)} == {1.0}
 
 
 def test_learning_rate_never_exceeds_its_setting_even_if_warm_up_outlasts_training():
-    s = hundred_steps(warmup_steps=1000)
-    rates = [experiment.learning_rate_at(s, step) for step in range(100)]
-    assert all(0 < rate <= 0.5 for rate in rates)
+    assert all(0 < factor(step, warmup_steps=1000) <= 1 for step in range(100))
+
+
+def test_the_ema_horizon_is_a_fraction_of_the_steps_and_never_below_one():
+    recipe = recipe_of_hundred_steps()
+    assert experiment.ema_horizon(hundred_steps(), recipe) == 5.0
+    short = hundred_steps(training_tokens=50)
+    assert experiment.ema_horizon(short, recipe) == 1.0, "never below one step: decay = alpha"
 
 
 # ── What a configuration refuses ────────────────────────────────────────────────────────────────
@@ -118,8 +171,6 @@ def test_learning_rate_never_exceeds_its_setting_even_if_warm_up_outlasts_traini
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("schedule", "quadratic"),
-        ("schedule", ""),
         ("alpha_start", -0.1),
         ("alpha_start", 1.1),
         ("alpha_start", math.nan),
@@ -142,9 +193,75 @@ def test_a_learned_blend_with_an_alpha_is_refused(start, end):
         experiment.Run("bad", schedule="learned", alpha_start=start, alpha_end=end)
 
 
+NUMBERS = [field.name for field in fields(experiment.Recipe)]
+MAY_BE_ZERO = {"warmup_steps", "decay_fraction"}
+
+
+def test_the_numbers_of_a_recipe_are_all_found():
+    assert {field.type for field in fields(experiment.Recipe)} == {int, float}
+    assert set(NUMBERS) >= {
+        "learning_rate", "warmup_steps", "decay_fraction", "gate_init", "initial_l0_fraction",
+        "tightening_fraction", "initial_lambda", "ema_horizon_fraction",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, -math.inf])
+def test_a_negative_or_unfinished_number_of_a_recipe_is_refused_by_name(name, value):
+    with pytest.raises(ExperimentError, match=f"RECIPES: {name}="):
+        experiment.Recipe(**{name: value})
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_zero_of_a_recipe_is_refused_unless_it_makes_sense(name):
+    if name in MAY_BE_ZERO:
+        assert getattr(experiment.Recipe(**{name: 0}), name) == 0
+    else:
+        with pytest.raises(ExperimentError, match=f"{name}=0 must be above 0"):
+            experiment.Recipe(**{name: 0})
+
+
+@pytest.mark.parametrize("name", [n for n in NUMBERS if n.endswith("_fraction")])
+def test_a_fraction_of_a_recipe_above_1_is_refused_by_name(name):
+    with pytest.raises(ExperimentError, match=f"{name}=1.01 must be at most 1"):
+        experiment.Recipe(**{name: 1.01})
+    assert getattr(experiment.Recipe(**{name: 1.0}), name) == 1.0
+
+
+@pytest.mark.parametrize("value", [4.0, 3.5, True, "4"])
+def test_warm_up_is_a_whole_number_of_steps(value):
+    with pytest.raises(ExperimentError, match=f"warmup_steps={value!r} must be a whole number"):
+        experiment.Recipe(warmup_steps=value)
+
+
+@pytest.mark.parametrize("target_l0", [32.0, 40.0])
+def test_a_target_that_is_not_below_what_fires_at_the_start_is_refused(target_l0, monkeypatch):
+    recipe = recipe_of_hundred_steps(initial_l0_fraction=0.5)  # 32 of 64
+    monkeypatch.setitem(experiment.RECIPES, "tiny", recipe)
+    run = experiment.RUNS["run_1"]
+    with pytest.raises(ExperimentError, match=rf"target_l0={target_l0:g} .*= 32$"):
+        experiment.chosen_recipe(hundred_steps(target_l0=target_l0), run)
+    assert experiment.chosen_recipe(hundred_steps(target_l0=31.0), run) is recipe
+
+
+def test_a_scale_without_a_recipe_is_refused_by_its_name():
+    with pytest.raises(ExperimentError, match="RECIPES has no row 'tiny'"):
+        experiment.chosen_recipe(hundred_steps(), experiment.RUNS["run_1"])
+
+
+def test_every_scale_has_a_recipe_and_no_recipe_is_without_its_scale():
+    assert set(experiment.RECIPES) == set(SCALES)
+    official = experiment.RECIPES["gemma-2-2b"]
+    assert (official.learning_rate, official.warmup_steps) == (3e-4, 1000)
+    assert {recipe.initial_lambda for recipe in experiment.RECIPES.values()} == {0.04}
+    assert {recipe.gate_init for recipe in experiment.RECIPES.values()} == {0.2}
+
+
 def test_a_configuration_cannot_change_behind_its_own_check():
     with pytest.raises(AttributeError):
         hundred_steps().training_tokens = 0
+    with pytest.raises(AttributeError):
+        experiment.RECIPES["laptop"].gate_init = 0.1
     with pytest.raises(AttributeError):
         experiment.RUNS["run_7"].ema = True
 
