@@ -1,11 +1,12 @@
-"""BlendedSAE and its export: numbers worked out by hand, and a plain loop in float64 beside it."""
+"""BlendedSAE: numbers worked out by hand, and a plain loop in float64 beside it."""
 
 import pytest
 import torch
-from tiny import randn
+from tiny import RECIPE, randn
 
 import experiment
 
+BLEND, LEARNED = experiment.RUNS["run_1"], experiment.RUNS["run_10"]
 ALPHAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 
 
@@ -52,17 +53,29 @@ def loop_pre_activations(x, b_dec, W_enc, gate, b_enc, alpha, k=1.0, exponent=0.
     return torch.stack(z).reshape(*x.shape[:2], W_enc.shape[-1])
 
 
+def fresh_sae(seeds=(1, 2), d_in=4, d_sae=7, learned=False, **start) -> experiment.BlendedSAE:
+    return experiment.BlendedSAE(
+        LEARNED if learned else BLEND, RECIPE, d_in, d_sae, seeds=seeds, **start
+    )
+
+
 def random_sae(seeds=(1, 2), d_in=4, d_sae=7, learned=False, seed=0) -> experiment.BlendedSAE:
     """An SAE in the middle of training: nothing is at its initial value."""
     g = torch.Generator().manual_seed(seed)
-    sae = experiment.BlendedSAE(
-        seeds, d_in, d_sae, 0.7, torch.randn(d_in, generator=g), learned, mean_norm=0.8
-    )
+    b_dec = torch.randn(d_in, generator=g)
+    sae = fresh_sae(seeds, d_in, d_sae, learned, b_dec=b_dec, mean_norm=0.8)
     with torch.no_grad():
         for name, p in sae.named_parameters():
             if learned or name not in ("log_k", "exponent"):
                 p.add_(0.3 * torch.randn(p.shape, generator=g))
+            if name == "gate" and not learned:
+                p.add_(0.5)
     return sae
+
+
+def of_each(alphas: list[float]) -> float | torch.Tensor:
+    """Alphas of the seeds as pre_activations() and the plain loop take them."""
+    return torch.tensor(alphas, dtype=torch.float64)[:, None, None]
 
 
 def set_by_hand(sae: experiment.BlendedSAE, **values) -> None:
@@ -188,28 +201,32 @@ def test_a_token_at_b_dec_and_a_dead_column_give_the_bias_and_not_nan(alpha):
 
 def test_initial_values_are_those_of_the_design():
     b_dec = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    sae = experiment.BlendedSAE([5, 6], 4, 7, 0.2, b_dec)
+    sae = fresh_sae([5, 6], b_dec=b_dec)
     torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(2, 7))
     assert torch.equal(sae.W_enc, sae.W_dec.transpose(1, 2))
-    assert torch.equal(sae.gate, torch.full((2, 7), 0.2)), "one constant, not from data"
+    assert torch.equal(sae.gate, torch.full((2, 7), RECIPE.gate_init)), "one constant, not data"
+    assert RECIPE.gate_init == 0.2
     assert torch.equal(sae.b_enc, torch.zeros(2, 7))
     assert torch.equal(sae.b_dec, b_dec.expand(2, 4))
     assert not torch.equal(sae.W_dec[0], sae.W_dec[1])
+    assert torch.equal(fresh_sae().b_dec, torch.zeros(2, 4)), "unless told where"
     trained = {name for name, p in sae.named_parameters() if p.requires_grad}
     assert trained == {"W_enc", "W_dec", "b_enc", "b_dec", "gate"}
 
 
 def test_encoder_and_decoder_do_not_share_memory():
-    sae = experiment.BlendedSAE([5], 4, 7, 0.2, torch.zeros(4))
+    b_dec = torch.zeros(4)
+    sae = fresh_sae([5], b_dec=b_dec)
     before = sae.W_enc.detach().clone()
     with torch.no_grad():
         sae.W_dec.mul_(2)
         sae.b_dec[0] += 1
     assert torch.equal(sae.W_enc, before)
+    assert torch.equal(b_dec, torch.zeros(4)), "nor with what it started from"
 
 
 def test_the_learned_blend_trains_gain_and_exponent_in_place_of_the_gate():
-    sae = experiment.BlendedSAE([5, 6], 4, 7, 0.2, torch.zeros(4), learned=True, mean_norm=0.8)
+    sae = fresh_sae([5, 6], learned=True, mean_norm=0.8)
     assert torch.equal(sae.gate, torch.ones(2, 7))
     torch.testing.assert_close(sae.log_k.exp(), torch.full((2, 1, 1), 0.8))
     assert torch.equal(sae.exponent, torch.zeros(2, 1, 1))
@@ -218,7 +235,7 @@ def test_the_learned_blend_trains_gain_and_exponent_in_place_of_the_gate():
 
 
 def test_forward_has_the_values_worked_out_by_hand():
-    sae = experiment.BlendedSAE([0, 1], 2, 3, 0.2, torch.tensor([1.0, 0.0]))
+    sae = fresh_sae([0, 1], d_in=2, d_sae=3, b_dec=torch.tensor([1.0, 0.0]))
     set_by_hand(
         sae,
         W_enc=[[[1.0, 0.0, -1.0], [0.0, 2.0, 0.0]]] * 2,
@@ -231,12 +248,12 @@ def test_forward_has_the_values_worked_out_by_hand():
     #         token 1: x_c = (0, -2), f = (0.1, 0, 0), x_hat = (1.1, 0), squared error 0.01 + 4.
     # Seed 1, token 0: f = (3.6, 0, 0), x_hat = (4.6, 0), squared error 0.36 + 16.
     #         token 1: f = 0, x_hat = (1, 0), squared error 4.
-    f = sae.encode(x, 0.5, torch.float32)
+    f = sae.encode(x, [0.5, 0.5], torch.float32)
     x_hat = torch.tensor([[[4.7, 2.0], [1.1, 0.0]], [[4.6, 0.0], [1.0, 0.0]]])
     torch.testing.assert_close(f[0], torch.tensor([[3.7, 2.0, 0.0], [0.1, 0.0, 0.0]]))
     torch.testing.assert_close(f[1], torch.tensor([[3.6, 0.0, 0.0], [0.0, 0.0, 0.0]]))
     torch.testing.assert_close(sae.decode(f), x_hat)
-    found = sae(x, 0.5, torch.tensor([0.1, 0.2]))
+    found = sae(x, [0.5, 0.5], torch.tensor([0.1, 0.2]))
     assert found.mse_S.tolist() == pytest.approx([4.25, 10.18])
     assert found.l1_S.tolist() == pytest.approx([2.9, 1.8])
     assert found.l0_S.tolist() == pytest.approx([1.5, 0.5])
@@ -244,19 +261,20 @@ def test_forward_has_the_values_worked_out_by_hand():
     assert found.fired_SF.tolist() == [[True, True, False], [True, False, False]]
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0, torch.tensor([0.2, 0.8])[:, None, None]])
+@pytest.mark.parametrize("alphas", [[a, a] for a in (0.0, 0.4, 1.0)] + [[0.2, 0.8], [1.0, 0.3]])
 @pytest.mark.parametrize("learned", [False, True])
-def test_loss_and_gradients_agree_with_a_plain_loop(alpha, learned):
+def test_loss_and_gradients_agree_with_a_plain_loop(alphas, learned):
     sae, lambda_S = random_sae(learned=learned), torch.tensor([0.05, 0.3])
     x = randn(9, 4)
-    found = sae(x, alpha, lambda_S)
+    found = sae(x, alphas, lambda_S)
     found.loss_S.sum().backward()
     assert 0.2 < (found.l0_S / 7).mean() < 0.8, "some latents fire and some do not"
 
     p = {n: t.detach().double().requires_grad_(t.requires_grad) for n, t in sae.named_parameters()}
     k, exponent = (p["log_k"].exp(), p["exponent"]) if learned else (1.0, 0.0)
     weights = (p[name] for name in ("b_dec", "W_enc", "gate", "b_enc"))
-    f = loop_pre_activations(x.expand(2, -1, -1), *weights, alpha, k, exponent).clamp(0)
+    x_S = x.expand(2, -1, -1)
+    f = loop_pre_activations(x_S, *weights, of_each(alphas), k, exponent).clamp(0)
     loss_S = []
     for s in range(2):
         per_token = []
@@ -276,10 +294,8 @@ def test_loss_and_gradients_agree_with_a_plain_loop(alpha, learned):
 
 def test_forward_in_bfloat16_stays_close_to_float32():
     sae = random_sae(d_in=16, d_sae=64)
-    x, alpha = randn(128, 16), 0.5
-    exact, fast = (
-        sae(x, alpha, torch.tensor([0.1, 0.1]), dtype) for dtype in (torch.float32, torch.bfloat16)
-    )
+    inputs = randn(128, 16), [0.5, 0.5], torch.tensor([0.1, 0.1])
+    exact, fast = (sae(*inputs, dtype) for dtype in (torch.float32, torch.bfloat16))
     for name in ("loss_S", "mse_S", "l1_S", "l0_S"):
         torch.testing.assert_close(getattr(fast, name), getattr(exact, name), rtol=0.02, atol=0)
         assert getattr(fast, name).dtype == torch.float32
@@ -292,7 +308,7 @@ def test_gradients_in_bfloat16_stay_close_to_float32(alpha):
     x, grads = randn(256, 16), []
     for dtype in (torch.float32, torch.bfloat16):
         sae = random_sae(d_in=16, d_sae=64)
-        sae(x, alpha, torch.tensor([0.1, 0.1]), dtype).loss_S.sum().backward()
+        sae(x, [alpha, alpha], torch.tensor([0.1, 0.1]), dtype).loss_S.sum().backward()
         grads.append({name: p.grad for name, p in sae.named_parameters() if p.requires_grad})
     for name, exact in grads[0].items():
         assert grads[1][name].dtype == torch.float32
@@ -305,7 +321,7 @@ def test_gradients_in_bfloat16_stay_close_to_float32(alpha):
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_the_loss_of_one_seed_never_reaches_the_weights_of_another(alpha):
     sae = random_sae(learned=alpha == 0.0)
-    loss_S = sae(randn(20, 4), alpha, torch.tensor([0.1, 0.1])).loss_S
+    loss_S = sae(randn(20, 4), [alpha, alpha], torch.tensor([0.1, 0.1])).loss_S
     named = [(name, p) for name, p in sae.named_parameters() if p.requires_grad]
     grads = torch.autograd.grad(loss_S[0], [p for _, p in named])
     for (name, _), grad in zip(named, grads, strict=True):
@@ -314,23 +330,101 @@ def test_the_loss_of_one_seed_never_reaches_the_weights_of_another(alpha):
 
 
 def test_a_seed_gives_the_same_sae_whatever_stands_beside_it():
-    b_dec, x, lambda_S = torch.zeros(4), randn(20, 4), torch.tensor([0.1, 0.1])
-    both, turned = (experiment.BlendedSAE(s, 4, 7, 0.2, b_dec) for s in ([3, 9], [9, 3]))
-    alone = experiment.BlendedSAE([3], 4, 7, 0.2, b_dec)
+    x, alphas, lambda_S = randn(20, 4), [0.5, 0.5], torch.tensor([0.1, 0.1])
+    both, turned, alone = (fresh_sae(seeds) for seeds in ([3, 9], [9, 3], [3]))
     assert torch.equal(both.W_dec, turned.W_dec.flip(0))
     assert torch.equal(both.W_dec[:1], alone.W_dec)
-    found, turned_found = both(x, 0.5, lambda_S), turned(x, 0.5, lambda_S)
+    found, turned_found = both(x, alphas, lambda_S), turned(x, alphas, lambda_S)
     for a, b in zip(found, turned_found, strict=True):
         torch.testing.assert_close(a, b.flip(0), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_every_seed_is_encoded_at_an_alpha_of_its_own(learned):
+    sae, x = random_sae(learned=learned), randn(20, 4)
+    found = sae.encode(x, [0.2, 1.0], torch.float32)
+    for seed, alpha in enumerate([0.2, 1.0]):
+        alike = sae.encode(x, [alpha, alpha], torch.float32)[seed]
+        torch.testing.assert_close(found[seed], alike, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found[0], sae.encode(x, [1.0, 0.2], torch.float32)[0], rtol=0.01)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_single_seed_is_encoded_at_any_number_of_alphas_at_once(learned):
+    sae, x = random_sae([1], learned=learned), randn(20, 4)
+    found = sae.encode(x, ALPHAS, torch.float32)
+    assert found.shape == (len(ALPHAS), 20, 7)
+    for latents, alpha in zip(found, ALPHAS, strict=True):
+        alone = sae.encode(x, [alpha], torch.float32)
+        torch.testing.assert_close(latents, alone[0], rtol=1e-5, atol=1e-6)
+
+
 def test_initialisation_neither_uses_nor_disturbs_the_global_generator():
     torch.manual_seed(1)
-    first = experiment.BlendedSAE([3], 4, 7, 0.2, torch.zeros(4)).W_dec
+    first = fresh_sae([3]).W_dec
     after = torch.rand(1)
     torch.manual_seed(1)
     assert torch.equal(torch.rand(1), after)
-    assert torch.equal(experiment.BlendedSAE([3], 4, 7, 0.2, torch.zeros(4)).W_dec, first)
+    assert torch.equal(fresh_sae([3]).W_dec, first)
+
+
+# ── The linear encoder it is closest to ─────────────────────────────────────────────────────────
+
+
+def test_gains_have_the_values_worked_out_by_hand():
+    parts = one_token()  # columns of norm 1 and 2, gates 2 and 0.5
+    linear, cosine = experiment.gains(parts["W_enc"], parts["gate"], 0.25)
+    assert linear.flatten().tolist() == pytest.approx([0.5, 0.125])
+    assert cosine.flatten().tolist() == pytest.approx([0.75 * 2 / 1, 0.75 * 0.5 / 2])
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_scores_times_their_gains_are_the_pre_activations(alpha):
+    parts, k, exponent = random_parts(seed=7), 1.7, 0.6
+    x_c = parts["x"] - parts["b_dec"][:, None]
+    linear, cosine = experiment.gains(parts["W_enc"], parts["gate"], alpha)
+    token = k * x_c.norm(dim=-1, keepdim=True) ** (exponent - 1)
+    z = (x_c @ parts["W_enc"]) * (linear + token * cosine) + parts["b_enc"][:, None]
+    found = experiment.pre_activations(**parts, alpha=alpha, k=k, exponent=exponent)
+    torch.testing.assert_close(found, z, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("learned", "alpha"), [(False, 0.0), (False, 0.4), (True, 0.0)])
+def test_the_linear_encoder_agrees_with_a_blend_where_a_tokens_norm_is_1_and_only_there(
+    learned, alpha
+):
+    sae = random_sae(learned=learned)
+    directions = torch.nn.functional.normalize(randn(2, 30, 4), dim=-1)
+
+    def both(norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+        x_c = norm * directions
+        W = sae.linear_encoder([alpha, alpha])
+        assert W.shape == sae.W_enc.shape
+        linear = (x_c @ W + sae.b_enc[:, None]).relu()
+        x = x_c + sae.b_dec[:, None]
+        blended = [sae.encode(x[s], [alpha, alpha], torch.float32)[s] for s in range(2)]
+        return linear, torch.stack(blended)
+
+    torch.testing.assert_close(*both(1.0), rtol=1e-4, atol=1e-5)
+    linear, blended = both(3.0)
+    assert not torch.allclose(linear, blended, rtol=0.05)
+
+
+@torch.no_grad()
+def test_at_alpha_1_the_linear_encoder_is_the_encoder_all_over():
+    sae, x = random_sae(), 3 * randn(30, 4)
+    latents = ((x - sae.b_dec[:, None]) @ sae.linear_encoder([1.0, 1.0])) + sae.b_enc[:, None]
+    found = sae.encode(x, [1.0, 1.0], torch.float32)
+    torch.testing.assert_close(found, latents.relu(), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_linear_encoder_of_each_seed_is_at_its_own_alpha():
+    sae = random_sae()
+    found = sae.linear_encoder([0.2, 0.9])
+    assert torch.equal(found[0], sae.linear_encoder([0.2, 0.2])[0])
+    assert torch.equal(found[1], sae.linear_encoder([0.9, 0.9])[1])
 
 
 # ── Unit decoder rows ───────────────────────────────────────────────────────────────────────────
@@ -339,7 +433,7 @@ def test_initialisation_neither_uses_nor_disturbs_the_global_generator():
 def test_the_projected_decoder_gradient_has_no_part_along_its_row_and_keeps_the_rest():
     sae = random_sae()
     sae.normalize_()
-    sae(randn(20, 4), 0.5, torch.tensor([0.1, 0.1])).loss_S.sum().backward()
+    sae(randn(20, 4), [0.5, 0.5], torch.tensor([0.1, 0.1])).loss_S.sum().backward()
     before = sae.W_dec.grad.clone()
     along = (before * sae.W_dec).sum(-1, keepdim=True)
     assert along.abs().max() > 0.01, "there was something to remove"
@@ -365,65 +459,3 @@ def test_normalising_the_learned_blend_gives_unit_encoder_columns_too():
     sae.normalize_()
     torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(2, 7))
     torch.testing.assert_close(sae.W_enc.norm(dim=1), torch.ones(2, 7))
-
-
-# ── Export ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def exported_latents(weights: dict, blend: dict, raw: torch.Tensor) -> torch.Tensor:
-    """What the saved SAE makes of raw activations [B, D]."""
-    return experiment.pre_activations(
-        raw[None],
-        *(weights[name][None] for name in ("b_dec", "W_enc", "gate", "b_enc")),
-        alpha=blend["alpha"],
-        k=blend["cosine_scale"],
-        exponent=blend["norm_exponent"],
-    )[0].relu()
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("unit_rows", [True, False])
-@pytest.mark.parametrize(
-    ("learned", "alpha"), [(False, 0.0), (False, 0.3), (False, 0.9), (False, 1.0), (True, 0.0)]
-)
-def test_the_exported_sae_does_to_raw_activations_what_the_trained_one_does(
-    learned, alpha, unit_rows, seed
-):
-    sae, scale = random_sae(learned=learned), 0.037
-    if unit_rows:
-        sae.normalize_()
-    raw = 25 * randn(50, 4)
-    with torch.no_grad():
-        f = sae.encode(raw * scale, alpha, torch.float32)
-        x_hat = sae.decode(f)[seed]
-        weights, blend = sae.export(seed, scale, alpha)
-        found = exported_latents(weights, blend, raw)
-    row_norms = sae.W_dec[seed].detach().norm(dim=-1)
-    assert unit_rows == bool((row_norms - 1).abs().max() < 1e-5)
-    torch.testing.assert_close(found, f[seed] * row_norms / scale, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(
-        found @ weights["W_dec"] + weights["b_dec"], x_hat / scale, rtol=1e-4, atol=1e-3
-    )
-    torch.testing.assert_close(weights["W_dec"].norm(dim=-1), torch.ones(7))
-
-
-def test_without_the_fold_a_blend_would_not_survive_the_change_of_units():
-    """The test above would be empty if alpha 0.3 meant the same in any units."""
-    sae, raw = random_sae(), 25 * randn(50, 4)
-    with torch.no_grad():
-        weights, blend = sae.export(0, 0.037, 0.3)
-        unfolded = exported_latents(weights, blend | {"cosine_scale": 1.0}, raw)
-        assert (unfolded - exported_latents(weights, blend, raw)).abs().max() > 1
-    assert blend == {"alpha": 0.3, "cosine_scale": pytest.approx(1 / 0.037), "norm_exponent": 0.0}
-
-
-def test_the_export_is_a_copy_that_further_training_does_not_change():
-    sae = random_sae()
-    weights, _ = sae.export(0, 1.0, 0.5)
-    before = {name: w.clone() for name, w in weights.items()}
-    with torch.no_grad():
-        for p in sae.parameters():
-            p.add_(1)
-    assert set(weights) == {"W_enc", "W_dec", "gate", "b_enc", "b_dec"}
-    for name, w in weights.items():
-        assert torch.equal(w, before[name]) and not w.requires_grad and w.is_contiguous(), name
