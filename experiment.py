@@ -395,7 +395,8 @@ class BlendedSAE(torch.nn.Module):
     def project_decoder_gradient_(self) -> None:
         """Remove the component along each row: it would only change the norm, which is undone."""
         grad = self.W_dec.grad
-        grad.sub_(self.W_dec * (grad * self.W_dec).sum(-1, keepdim=True))
+        if grad is not None:  # another decoder may not use it
+            grad.sub_(self.W_dec * (grad * self.W_dec).sum(-1, keepdim=True))
 
     @torch.no_grad()
     def normalize_(self) -> None:

@@ -5,6 +5,7 @@ from safetensors.torch import load_file
 
 from lab.absorption import first_letter_probes
 from lab.language_model import LanguageModel
+from lab.saved_sae import decoder_rows
 from lab.scales import Scale
 
 
@@ -68,7 +69,11 @@ class OnlineAbsorption:
     ) -> list[tuple[float, float]]:
         """(absorption fraction, full absorption), each the mean over letters, for every seed."""
         acts = sae.encode(self.X * scale, alphas, dtype).float() / scale
-        return [self._mean_over_letters(a, W) for a, W in zip(acts, sae.W_dec, strict=True)]
+        rows = decoder_rows(sae, len(acts), acts.shape[-1])
+        if rows is not sae.W_dec:  # whose rows are unit
+            norms = rows.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+            acts, rows = acts * norms.mT, rows / norms
+        return [self._mean_over_letters(a, W) for a, W in zip(acts, rows, strict=True)]
 
     def _mean_over_letters(self, acts_NF: torch.Tensor, W_dec: torch.Tensor) -> tuple[float, float]:
         fires_NF = (acts_NF > 0).to(acts_NF.dtype)

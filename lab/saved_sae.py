@@ -91,17 +91,12 @@ def register(experiment: str, build: Build) -> type:
             self.convert_units_()
 
         @torch.no_grad()
-        def convert_units_(self, rows_at_once: int = 2048) -> None:
+        def convert_units_(self) -> None:
             """W_enc, W_dec, b_enc and b_dec from the trained SAE as it stands."""
             sae, scale = self.trained, self.cfg.activation_scale
             like = next(sae.parameters())
             zeros = torch.zeros(1, 1, self.cfg.d_sae, dtype=like.dtype, device=like.device)
-            rows = []  # of the decoder: the derivative of decode() by each latent, which is exact
-            for chosen in torch.arange(self.cfg.d_sae, device=like.device).split(rows_at_once):
-                one_each = torch.nn.functional.one_hot(chosen, self.cfg.d_sae).to(like.dtype)[None]
-                nothing = zeros.expand_as(one_each).clone()
-                rows.append(torch.func.jvp(sae.decode, (nothing,), (one_each,))[1][0])
-            W_dec = torch.cat(rows).float()
+            W_dec = decoder_rows(sae, 1, self.cfg.d_sae)[0].float()
             norm_F = W_dec.norm(dim=-1).clamp_min(1e-8)
             found = {
                 "W_dec": W_dec / norm_F[:, None],
@@ -146,6 +141,24 @@ def register(experiment: str, build: Build) -> type:
 
     register_sae_class(ARCHITECTURE, SavedSAE, SavedSAEConfig)
     return SavedSAE
+
+
+@torch.no_grad()
+def decoder_rows(sae: torch.nn.Module, n_seeds: int, d_sae: int, at_once: int = 2048):
+    """What a unit of each latent adds to the reconstruction [S, F, D]: W_dec itself, or where
+    decode() is another's its derivative by each latent, exact for every decoder that is linear."""
+    like, W_dec = next(sae.parameters()), getattr(sae, "W_dec", None)
+    one = {"dtype": like.dtype, "device": like.device}
+    if like.dtype == torch.float32 and W_dec is not None and W_dec.shape[:2] == (n_seeds, d_sae):
+        some = torch.arange(1, d_sae + 1, **one).cos().expand(n_seeds, 1, d_sae).contiguous()
+        found = sae.decode(some) - sae.decode(torch.zeros_like(some))
+        if _relative(torch.bmm(some, W_dec), found) < 1e-4:
+            return W_dec
+    rows = []
+    for chosen in torch.arange(d_sae, device=like.device).split(at_once):
+        each = torch.nn.functional.one_hot(chosen, d_sae).to(like.dtype).repeat(n_seeds, 1, 1)
+        rows.append(torch.func.jvp(sae.decode, (torch.zeros_like(each),), (each,))[1])
+    return torch.cat(rows, dim=1)
 
 
 def load_sae(folder: Path):
