@@ -709,6 +709,8 @@ def train(scale: Scale, trainers: list[Trainer], stream: ActivationStream, keepe
     stream.close()
     if done > begun_at:
         keeper.checkpoint(done, state)
+    if keeper.signals.received:  # in the last steps
+        raise Interrupted(keeper.signals.received)
 
 
 def begun(

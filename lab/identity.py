@@ -34,9 +34,18 @@ def _code(text: str) -> str:
 
 
 @cache
+def source(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+for _room in LAB.glob("*.py"):  # now: somebody may edit them while this process works
+    source(_room)
+
+
+@cache
 def fingerprint(*paths: Path) -> str:
-    """Of the code in these files, 16 hexadecimal digits; read once in the life of a process."""
-    codes = sorted((path.name, _code(path.read_text(encoding="utf-8"))) for path in paths)
+    """Of the code in these files, 16 hexadecimal digits."""
+    codes = sorted((path.name, _code(source(path))) for path in paths)
     return hashlib.sha256(repr(codes).encode()).hexdigest()[:16]
 
 
@@ -54,7 +63,7 @@ def laboratory_fingerprint() -> str:
 def imported_rooms(path: Path) -> frozenset[Path]:
     """The rooms that a file imports, anywhere in it, and those that they import."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(source(path))):
         if isinstance(node, ast.ImportFrom) and node.module == "lab":
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lab."):
