@@ -695,7 +695,12 @@ def train(scale: Scale, trainers: list[Trainer], stream: ActivationStream, keepe
     batches = progress_bar(batches, scale.total_steps, "training step", done)
     try:
         while done < scale.total_steps:
-            position, batch = next(batches)
+            position, batch = next(batches, (None, None))
+            require(
+                position is not None,
+                f"the text of scale {scale.name!r} ended after {done} of {scale.total_steps} "
+                "steps: lower training_tokens or add text",
+            )
             with keeper.signals.kept():  # a step is made whole or not at all
                 records = [t.step(batch[:, i]) for i, t in enumerate(trainers)]
                 stream.position, done = position, done + 1

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from lab.devices import Ranks
 from lab.language_model import LanguageModel
-from lab.process import ExperimentError, require
+from lab.process import require
 from lab.scales import Scale
 from lab.seeds import seed_for
 from lab.storage import cached, disjoint, save_tensors, tensor_sha256
@@ -195,14 +195,10 @@ class ActivationStream:
         return [calibrate(self.ranks.joined(first.rows[:, i])) for i in range(n_layers)]
 
     def batches(self, units: list[Calibration]) -> Iterator[tuple[Position, torch.Tensor]]:
-        """Rows [B, layers, D], outliers left out, each with the position after it.  Raises
-        ExperimentError where the text ends."""
+        """Rows [B, layers, D], outliers left out, each with the position after it, to the end of
+        the text."""
         blocks = (without_outliers(block, units) for block in self._blocks)
-        yield from shuffled_batches(self.scale, blocks, self.ranks, self.position)
-        raise ExperimentError(
-            f"the text of scale {self.scale.name!r} ended before its {self.scale.total_steps} "
-            "training steps: lower training_tokens or add text"
-        )
+        return shuffled_batches(self.scale, blocks, self.ranks, self.position)
 
     def state(self) -> dict:
         """For JSON; of several processes all must call it."""
