@@ -236,7 +236,9 @@ def test_in_half_precision_it_stays_within_rounding(learned, alphas, dtype, load
 
 
 @torch.no_grad()
-def test_its_hooks_see_what_goes_in_the_latents_and_the_reconstruction_and_can_change_them(tmp_path):
+def test_its_hooks_see_what_goes_in_the_latents_and_the_reconstruction_and_can_change_them(
+    tmp_path,
+):
     sae, x = load_sae(saved(Stub(False, [0.3, 0.9], False), tmp_path)[0]), raw_rows()
     output, cache = sae.run_with_cache(x)
     assert torch.equal(cache["hook_sae_input"], x)
@@ -292,7 +294,7 @@ def test_an_sae_of_another_experiment_is_refused_with_how_to_read_it(tmp_path):
 
     (folder, _) = saved(Stub(False, [0.3, 0.9], False), tmp_path, experiment_of="0123456789abcdef")
     for load in (load_sae, sae_lens.SAE.load_from_disk):
-        with pytest.raises(ExperimentError, match="trained by another experiment.py") as error:
+        with pytest.raises(ExperimentError, match=r"trained by another experiment\.py") as error:
             load(folder)
         for text in ("0123456789abcdef", FINGERPRINT, "experiment.register_with_sae_lens()"):
             assert text in str(error.value)
@@ -504,7 +506,7 @@ def test_an_sae_whose_code_holds_something_beside_its_state_is_refused(tmp_path,
         return encode(self, x, alphas, dtype) * getattr(self, "temperature", 1.0)
 
     monkeypatch.setattr(experiment.BlendedSAE, "encode", warmer)
-    with pytest.raises(ExperimentError, match="its latents differ by 0.2"):
+    with pytest.raises(ExperimentError, match=r"its latents differ by 0\.2"):
         check_saved(trainer, saved(trainer, tmp_path)[0], 0, raw_rows())
 
 
@@ -514,7 +516,7 @@ def test_a_decoder_that_is_not_linear_is_refused(tmp_path, monkeypatch):
         experiment.BlendedSAE, "decode", lambda self, f: decode(self, f + 0.1 * f.square())
     )
     trainer = Stub(False, [0.3, 0.9], True)
-    with pytest.raises(ExperimentError, match="f @ W_dec .* must be linear in the latents"):
+    with pytest.raises(ExperimentError, match=r"f @ W_dec .* must be linear in the latents"):
         check_saved(trainer, saved(trainer, tmp_path)[0], 0, raw_rows())
 
 
