@@ -2,16 +2,18 @@
 
 import math
 import random
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import randn
+from tiny import RECIPE, randn
 
 import experiment
 from lab.activations import calibrate
 from lab.devices import Ranks
+from lab.process import ExperimentError
 from lab.scales import Scale
 
 # ── Weight average ──────────────────────────────────────────────────────────────────────────────
@@ -156,10 +158,9 @@ def simulated_l0(power: float, lag: float, ratio: float = 1.0, steps: int = 800)
 
     The target tightens from 1152 to 36 in the first 30% of the steps, as it does in training.
     """
-    scale = Scale(
-        "plant", "none", "sae-probes", (0,), steps, 1, target_l0=36.0, initial_l0=1152.0,
-        tightening_fraction=0.3, lanes=1,
-    )  # fmt: skip
+    scale = Scale("plant", "none", "sae-probes", (0,), steps, 1, target_l0=36.0, lanes=1)
+    recipe = experiment.Recipe(initial_l0_fraction=0.5, tightening_fraction=0.3)
+    assert (scale.d_sae, experiment.l0_target_at(scale, recipe, 0.0)) == (2304, 1152)
     trainer = SimpleNamespace(
         lambda_S=torch.tensor([0.04]),
         smoothed_l0_S=torch.tensor([math.nan]),
@@ -170,7 +171,7 @@ def simulated_l0(power: float, lag: float, ratio: float = 1.0, steps: int = 800)
         goal = math.log(1152) - power * math.log(trainer.lambda_S.item() / 0.04)
         log_l0 = min(log_l0 + (goal - log_l0) / lag, math.log(2304))
         found.append(math.exp(log_l0))
-        target = experiment.l0_target_at(scale, step / (steps - 1))
+        target = experiment.l0_target_at(scale, recipe, step / (steps - 1))
         experiment.Trainer.control_sparsity(
             trainer, torch.tensor([found[-1]]), torch.tensor([target])
         )
@@ -215,12 +216,17 @@ def test_the_controller_sees_l0_times_its_ratio_smoothed_over_steps():
 def trainer_of(run: experiment.Run, **changes) -> experiment.Trainer:
     values = {
         "training_tokens": 20 * 64, "batch_tokens": 64, "d_sae": 32, "n_seeds": 2, "lanes": 4,
-        "target_l0": 4.0, "initial_l0": 16.0, "learning_rate": 0.05, "warmup_steps": 0,
-        "ema_horizon_fraction": 0.5, "training_dtype": "float32", "online_every": 3,
+        "target_l0": 4.0, "training_dtype": "float32", "online_every": 3,
     }  # fmt: skip
     scale = Scale("tiny", "none", "sae-probes", (1,), **values | changes)
-    units = calibrate(batch(0))
-    return experiment.Trainer(scale, run, 1, units, Ranks())
+    recipe = replace(
+        RECIPE,
+        learning_rate=0.05,
+        warmup_steps=0,
+        initial_l0_fraction=0.5,
+        ema_horizon_fraction=0.5,
+    )
+    return experiment.Trainer(scale, recipe, run, 1, calibrate(batch(0)), Ranks())
 
 
 def batch(seed: int) -> torch.Tensor:
@@ -234,9 +240,9 @@ def test_the_measured_l0_of_the_average_is_what_the_averaged_weights_do_on_that_
         trainer.step(batch(seed))
     own = [p.detach().clone() for p in trainer.sae.parameters()]
     x = batch(9).to(trainer.device) * trainer.units.scale
-    alpha, l0_S = torch.full((2, 1, 1), 0.4, device=trainer.device), torch.tensor([2.0, 5.0])
-    inputs = x, alpha, trainer.lambda_S
-    found = trainer.measure_average(x, alpha, l0_S.to(trainer.device))
+    alphas, l0_S = [0.4, 0.7], torch.tensor([2.0, 5.0])
+    inputs = x, alphas, trainer.lambda_S
+    found = trainer.measure_average(x, alphas, l0_S.to(trainer.device))
     with trainer.average.applied():
         expected = trainer.sae(*inputs).l0_S
     assert torch.equal(found, expected)
@@ -244,7 +250,7 @@ def test_the_measured_l0_of_the_average_is_what_the_averaged_weights_do_on_that_
     torch.testing.assert_close(
         trainer.l0_ratio_S, (expected / l0_S.to(trainer.device)).clamp_min(1.0)
     )
-    trainer.measure_average(x, alpha, torch.stack([2 * expected[0], expected[1] / 1.5]))
+    trainer.measure_average(x, alphas, torch.stack([2 * expected[0], expected[1] / 1.5]))
     assert trainer.l0_ratio_S.tolist() == pytest.approx([1.0, 1.5]), "one that lags is passed over"
     for p, before in zip(trainer.sae.parameters(), own, strict=True):
         assert torch.equal(p, before)
@@ -281,11 +287,55 @@ def test_a_run_without_an_average_holds_the_weights_own_l0():
 def test_a_trainer_computes_in_the_dtype_of_its_scale(dtype):
     trainer, seen = trainer_of(experiment.RUNS["run_1"], training_dtype=dtype), []
     encode = trainer.sae.encode
-    trainer.sae.encode = lambda x, alpha, dtype: (seen.append(dtype), encode(x, alpha, dtype))[1]
+    trainer.sae.encode = lambda x, alphas, dtype: (seen.append(dtype), encode(x, alphas, dtype))[1]
     record = trainer.step(batch(0))
     assert set(seen) == {getattr(torch, dtype)}
     assert record["loss"].dtype == torch.float32
     assert {p.dtype for p in trainer.sae.parameters()} == {torch.float32}
+
+
+# ── A step ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_group_of_the_optimiser_keeps_its_own_rate_times_the_schedules_factor():
+    trainer = trainer_of(experiment.RUNS["run_7"])
+    trainer.recipe = replace(trainer.recipe, warmup_steps=4, decay_fraction=0.5)
+    gate = trainer.sae.gate
+    others = [p for p in trainer.sae.parameters() if p.requires_grad and p is not gate]
+    groups = [{"params": others}, {"params": [gate], "lr": 0.2}]
+    trainer.optimizer = torch.optim.Adam(groups, lr=0.05)
+    rates = []
+    for seed in range(20):
+        record = trainer.step(batch(seed))
+        rates.append([group["lr"] for group in trainer.optimizer.param_groups])
+        assert record["learning_rate"] == rates[-1][0]
+    factors = [min((i + 1) / 4, 1.0, (20 - i) / 10) for i in range(20)]
+    for factor, (first, second) in zip(factors, rates, strict=True):
+        assert (first, second) == (pytest.approx(0.05 * factor), pytest.approx(0.2 * factor))
+
+
+def test_a_parameter_without_seeds_in_front_is_refused_by_name(monkeypatch):
+    class WithScalar(experiment.BlendedSAE):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.temperature = torch.nn.Parameter(torch.ones(1))
+
+    monkeypatch.setattr(experiment, "BlendedSAE", WithScalar)
+    with pytest.raises(ExperimentError, match=r"BlendedSAE\.temperature has shape \(1,\)"):
+        trainer_of(experiment.RUNS["run_1"])
+
+
+@pytest.mark.parametrize("name", ["run_1", "run_7", "run_10"])
+def test_steps_leave_decoder_rows_unit_and_what_is_not_trained_alone(name):
+    trainer = trainer_of(experiment.RUNS[name])
+    fixed = {n: p.clone() for n, p in trainer.sae.named_parameters() if not p.requires_grad}
+    trained = {n: p.detach().clone() for n, p in trainer.sae.named_parameters() if p.requires_grad}
+    for seed in range(5):
+        trainer.step(batch(seed))
+    torch.testing.assert_close(trainer.sae.W_dec.norm(dim=-1), torch.ones(2, 32))
+    now = dict(trainer.sae.named_parameters())
+    assert all(torch.equal(now[n], p) for n, p in fixed.items())
+    assert not any(torch.equal(now[n], p) for n, p in trained.items())
 
 
 # ── Adaptive pace ───────────────────────────────────────────────────────────────────────────────

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import randn
+from tiny import RECIPE, randn
 
 import experiment
 from lab.online_absorption import OnlineAbsorption, absorption_scores
@@ -169,28 +169,60 @@ FOUND = [(0, [1.0, 0.0, 0.0, 0.0])] * 3 + [(1, [0.0, 1.0, 0.0, 0.0])] * 2
 ABSORBED = (0, [1.0, 0.0, 3.0, 0.0])  # latent 2 fires in place of latent 0
 
 
-class LiveSAE:
+class LiveSAE(torch.nn.Module):
     """Two seeds of four latents.  Latent 0 is letter 0's but falls silent where latent 2 fires.
 
     Latents are in training units: proportional to what is encoded.  Seed 1 never absorbs.
     """
 
-    W_dec = torch.tensor(
-        [[[1.0, 0, 0, 0], [0, 1, 0, 0], [0.6, 0, 0.8, 0], [0, 0, 0, 1]]] * 2
-    )  # fmt: skip
+    def __init__(self):
+        super().__init__()
+        rows = [[1.0, 0, 0, 0], [0, 1, 0, 0], [0.6, 0, 0.8, 0], [0, 0, 0, 1]]
+        self.W_dec = torch.nn.Parameter(torch.tensor([rows, rows]))
 
-    def encode(self, x, alpha, dtype):
+    def encode(self, x, alphas, dtype):
         latents = torch.stack([x[:, 0] - x[:, 2], x[:, 1], x[:, 2], x[:, 3]], dim=-1)
         honest = torch.stack([x[:, 0], x[:, 1], x[:, 2], x[:, 3]], dim=-1)
         return torch.stack([latents, honest]).relu().to(dtype)
+
+    def decode(self, f):
+        return f @ self.W_dec
+
+
+class AnotherDecoder(LiveSAE):
+    """The same sums of latents, told by a decoder of its own: its rows are a third as long, and its
+    latents three times what they were; W_dec is there and means nothing."""
+
+    def __init__(self, keeps_W_dec: bool):
+        super().__init__()
+        self.rows = torch.nn.Parameter(self.W_dec.detach() / 3)
+        if keeps_W_dec:
+            self.W_dec.data.copy_(torch.eye(4).flip(0))
+        else:
+            del self.W_dec
+
+    def encode(self, x, alphas, dtype):
+        return 3 * super().encode(x, alphas, dtype)
+
+    def decode(self, f):
+        return f @ self.rows
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 20.0])
 def test_online_absorption_is_the_mean_over_letters_in_residual_stream_units(scale):
     online = OnlineAbsorption(probe([*FOUND, ABSORBED]), n_words=100)
-    found = online.measure(LiveSAE(), 0.5, scale, torch.float32)
+    found = online.measure(LiveSAE(), [0.5, 0.5], scale, torch.float32)
     # Letter 0: latent 2 carries 1.8 of 1 in one of four words.  Letter 1: nothing is absorbed.
     assert found == [(pytest.approx(0.125), pytest.approx(0.125)), (0.0, 0.0)]
+
+
+@pytest.mark.parametrize("keeps_W_dec", [True, False])
+def test_online_absorption_asks_the_decoder_what_a_latent_adds(keeps_W_dec):
+    online = OnlineAbsorption(probe([*FOUND, ABSORBED]), n_words=100)
+    sae = AnotherDecoder(keeps_W_dec)
+    found = online.measure(sae, [0.5, 0.5], 20.0, torch.float32)
+    assert found == [(pytest.approx(0.125), pytest.approx(0.125)), (0.0, 0.0)]
+    assert all(p.grad is None for p in sae.parameters())
 
 
 @pytest.mark.parametrize(
@@ -205,14 +237,14 @@ def test_online_absorption_leaves_out_words_that_the_probe_does_not_know(left_ou
     online = OnlineAbsorption(probe([*FOUND, left_out, ABSORBED]), n_words=100)
     assert len(online.y) == 6
     assert set(online.y.tolist()) == {0, 1}
-    assert online.measure(LiveSAE(), 0.5, 1.0, torch.float32)[0][0] == pytest.approx(0.125)
+    assert online.measure(LiveSAE(), [0.5, 0.5], 1.0, torch.float32)[0][0] == pytest.approx(0.125)
 
 
 def test_online_absorption_takes_no_more_words_than_asked_for_and_fills_up_with_usable_ones():
     words = [(2, [0.0, 0.0, 1.0, 0.0]), *FOUND, ABSORBED]
     online = OnlineAbsorption(probe(words), n_words=5)
     assert online.y.tolist() == [0, 0, 0, 1, 1]
-    assert online.measure(LiveSAE(), 0.5, 1.0, torch.float32)[0] == (0.0, 0.0)
+    assert online.measure(LiveSAE(), [0.5, 0.5], 1.0, torch.float32)[0] == (0.0, 0.0)
 
 
 def test_online_absorption_takes_the_latent_with_the_best_f1_as_main_and_not_the_strongest():
@@ -222,18 +254,21 @@ def test_online_absorption_takes_the_latent_with_the_best_f1_as_main_and_not_the
     """
     words = [(letter, [*x[:3], 9.0]) for letter, x in [*FOUND, (1, FOUND[-1][1]), ABSORBED]]
     online = OnlineAbsorption(probe(words), n_words=100)
-    found = online.measure(LiveSAE(), 0.5, 1.0, torch.float32)
+    found = online.measure(LiveSAE(), [0.5, 0.5], 1.0, torch.float32)
     assert found[0] == (pytest.approx(0.125), pytest.approx(0.125))
     assert found[1] == (0.0, 0.0)
 
 
 def test_online_absorption_changes_nothing_about_a_real_sae_and_keeps_seeds_apart():
-    sae = experiment.BlendedSAE([1, 2], 4, 12, 0.7, torch.zeros(4))
+    def real(seeds: list[int]) -> experiment.BlendedSAE:
+        return experiment.BlendedSAE(experiment.RUNS["run_1"], RECIPE, 4, 12, seeds=seeds)
+
+    sae, alphas = real([1, 2]), [0.5, 0.7]
     before = [p.detach().clone() for p in sae.parameters()]
     online = OnlineAbsorption(probe([*FOUND, ABSORBED]), n_words=100)
-    both = online.measure(sae, torch.full((2, 1, 1), 0.5), 1.0, torch.float32)
-    for seed in (1, 2):
-        alone = experiment.BlendedSAE([seed], 4, 12, 0.7, torch.zeros(4))
-        assert online.measure(alone, 0.5, 1.0, torch.float32)[0] == pytest.approx(both[seed - 1])
+    both = online.measure(sae, alphas, 1.0, torch.float32)
+    for seed, alpha, found in zip((1, 2), alphas, both, strict=True):
+        (alone,) = online.measure(real([seed]), [alpha], 1.0, torch.float32)
+        assert alone == pytest.approx(found)
     for p, q in zip(sae.parameters(), before, strict=True):
         assert torch.equal(p, q) and p.grad is None
