@@ -49,11 +49,11 @@ from lab.language_model import LanguageModel, load_language_model
 from lab.online_absorption import OnlineAbsorption, online_absorption
 from lab.preflight import preflight
 from lab.process import Clock, Interrupted, Signals, locked, progress_bar, require, say, told
-from lab.results import print_summary
 from lab.saved_sae import save_saes
 from lab.scales import Scale, choose_scale, refuse_bad_numbers
 from lab.seeds import generators, seed_everything, seed_for, set_generators
 from lab.state import Packing, put_back
+from lab.summary import print_summary
 from lab.text import heldout_contexts
 from lab.work import Work, training_identity
 

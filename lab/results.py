@@ -1,7 +1,4 @@
-"""final_info.json and the printed summary."""
-
-import json
-from pathlib import Path
+"""final_info.json: an entry for each layer and each read-out, from one value per seed."""
 
 import torch
 
@@ -20,13 +17,8 @@ from lab.metrics import (
     stability,
     stderr_or_none,
 )
-from lab.process import Clock, say
 from lab.scales import Scale
 from lab.seeds import seed_for
-from lab.storage import file_sha256
-
-FINISHED = ("final_info.json", "config.json")
-ALIKE = ("scale", "recipe", "laboratory", "processor", "device")  # of runs that can be compared
 
 
 def layer_results(
@@ -129,62 +121,3 @@ def without_times(found: dict | None) -> dict | None:
     """SAE-Bench's result less what differs from one execution to the next."""
     changing = ("eval_id", "datetime_epoch_millis", "sae_bench_commit_hash")
     return found and {name: value for name, value in found.items() if name not in changing}
-
-
-COMPARED = (  # with the control, in the printed summary
-    "mse_roughness",
-    "loss_roughness",
-    "grad_norm_cv",
-    "absorption_full",
-    "absorption_fraction",
-    "probing_top_1",
-    "probing_top_5",
-    "fvu",
-    "l0",
-)
-
-
-def print_summary(title: str, results: dict, clock: Clock, config: dict, control: Path) -> None:
-    """key: value lines, last on stdout; with the differences to the run in the folder `control`,
-    where that is finished and comparable."""
-    say("---")
-    say(f"run: {title}")
-    for name, entry in results.items():
-        say(f"entry: {name}")
-        for metric, value in entry["means"].items():
-            say(f"{metric}: {_with_error(value, entry['stderrs'][metric])}")
-    if config["run_name"] != control.name:
-        _print_differences(results, config, control)
-    for phase, seconds in clock.seconds.items():
-        say(f"seconds {phase}: {seconds}")
-    say(f"seconds total: {clock.total}")
-
-
-def _with_error(value: float | None, error: float | None, sign: str = "") -> str:
-    text = "null" if value is None else f"{value:{sign}.4g}"
-    return text if error is None else f"{text} +- {error:.2g}"
-
-
-def _print_differences(results: dict, config: dict, control: Path) -> None:
-    """Seed by seed: seed s has the same start and the same batches in every run."""
-    try:
-        theirs, its = (json.loads((control / f).read_text("utf-8")) for f in FINISHED)
-        entries = {name: theirs[name]["final_info_dict"] for name in results if name in theirs}
-        if its["sha256"][FINISHED[0]] != file_sha256(control / FINISHED[0]):
-            return say(f"differences to {control.name}: none, its final_info.json was changed")
-        other = [name for name in ALIKE if its[name] != json.loads(json.dumps(config[name]))]
-    except FileNotFoundError:
-        return say(f"differences to {control.name}: none, it has not been run beside this one")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        return say(f"differences to {control.name}: none, its files are damaged ({error!r})")
-    if other:
-        return say(f"differences to {control.name}: none, NOT COMPARABLE (other {other})")
-    for name, values in entries.items():
-        own = results[name]["final_info_dict"]
-        for metric in COMPARED:
-            pairs = list(zip(own.get(metric, ()), values.get(metric, ()), strict=False))
-            if pairs and not any(None in pair for pair in pairs):
-                found = [a - b for a, b in pairs]
-                text = _with_error(mean_or_none(found), stderr_or_none(found), "+")
-                say(f"{name}: {metric} less {control.name}'s, {len(found)} seeds: {text}")
-    return None

@@ -1,0 +1,70 @@
+"""What a finished run says last on stdout: its means, its differences to the control, its time."""
+
+import json
+from pathlib import Path
+
+from lab.metrics import mean_or_none, stderr_or_none
+from lab.process import Clock, say
+from lab.runs import as_written
+
+ALIKE = ("scale", "recipe", "laboratory", "processor", "device")  # of runs that can be compared
+COMPARED = (
+    "mse_roughness",
+    "loss_roughness",
+    "grad_norm_cv",
+    "absorption_full",
+    "absorption_fraction",
+    "probing_top_1",
+    "probing_top_5",
+    "fvu",
+    "l0",
+)
+
+
+def print_summary(title: str, results: dict, clock: Clock, config: dict, control: Path) -> None:
+    """`key: value` lines; with the differences to the run in the folder `control`, where that is
+    finished and comparable."""
+    say("---")
+    say(f"run: {title}")
+    for name, entry in results.items():
+        say(f"entry: {name}")
+        for metric, value in entry["means"].items():
+            say(f"{metric}: {_with_error(value, entry['stderrs'][metric])}")
+    if config["run_name"] != control.name:
+        for line in differences_to(control, results, config):
+            say(line)
+    for phase, seconds in clock.seconds.items():
+        say(f"seconds {phase}: {seconds}")
+    say(f"seconds total: {clock.total}")
+
+
+def differences_to(control: Path, results: dict, config: dict) -> list[str]:
+    """Paired: seed s has the same start and the same batches in every run.  A line each, or one
+    that says why there are none."""
+    title = f"differences to {control.name}"
+    try:
+        theirs = json.loads(as_written(control / "final_info.json"))
+        its = json.loads((control / "config.json").read_text(encoding="utf-8"))
+        entries = {name: theirs[name]["final_info_dict"] for name in results if name in theirs}
+        other = [name for name in ALIKE if its[name] != json.loads(json.dumps(config[name]))]
+    except FileNotFoundError:
+        return [f"{title}: none, it has not been run beside this one"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return [f"{title}: none, its files are not what a run of this program wrote ({error!r})"]
+    if other:
+        return [f"{title}: none, NOT COMPARABLE (another {', another '.join(other)})"]
+    lines = [f"{title}, paired by seed:"]
+    for name, values in entries.items():
+        own = results[name]["final_info_dict"]
+        for metric in COMPARED:
+            pairs = list(zip(own.get(metric, ()), values.get(metric, ()), strict=False))
+            if pairs and not any(None in pair for pair in pairs):
+                found = [a - b for a, b in pairs]
+                text = _with_error(mean_or_none(found), stderr_or_none(found), "+")
+                lines.append(f"{name}, {metric}: {text} (n = {len(found)})")
+    return lines
+
+
+def _with_error(value: float | None, error: float | None, sign: str = "") -> str:
+    text = "null" if value is None else f"{value:{sign}.4g}"
+    return text if error is None else f"{text} +- {error:.2g}"

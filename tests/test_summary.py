@@ -1,0 +1,83 @@
+"""The printed summary: `key: value` lines, and differences to the control only where they mean
+something."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from lab.process import Clock
+from lab.summary import differences_to, print_summary
+
+CONFIG = {
+    "run_name": "run_1",
+    "scale": {"name": "tiny", "layers": (1,)},
+    "recipe": {"gate_init": 0.2},
+    "laboratory": "ab",
+    "processor": "amx_bf16",
+    "device": "x86_64",
+}
+
+
+def entry(fvu: list) -> dict:
+    return {"means": {"fvu": 0.25}, "stderrs": {"fvu": None}, "final_info_dict": {"fvu": fvu}}
+
+
+@pytest.fixture
+def control(tmp_path) -> Path:
+    """A finished run_7 whose three seeds have FVU .1, .2 and .3."""
+    return made(tmp_path / "run_7", {"tiny layer 1": entry([0.1, 0.2, 0.3])}, CONFIG)
+
+
+def made(folder: Path, results: dict, config: dict) -> Path:
+    folder.mkdir(exist_ok=True)
+    text = json.dumps(results)
+    sums = {"final_info.json": hashlib.sha256(text.encode()).hexdigest()}
+    (folder / "final_info.json").write_text(text, encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config | {"sha256": sums}), encoding="utf-8")
+    return folder
+
+
+def test_differences_are_paired_by_seed_with_their_standard_error_and_n(control):
+    found = differences_to(control, {"tiny layer 1": entry([0.2, 0.3, 0.5])}, CONFIG)
+    # .1, .1, .2: mean .13333, sd .057735, over sqrt 3 .033333
+    assert found == ["differences to run_7, paired by seed:",
+                     "tiny layer 1, fvu: +0.1333 +- 0.033 (n = 3)"]  # fmt: skip
+
+
+def test_a_missing_value_has_no_difference(control):
+    found = differences_to(control, {"tiny layer 1": entry([0.2, None, 0.5])}, CONFIG)
+    assert found == ["differences to run_7, paired by seed:"]
+
+
+@pytest.mark.parametrize("what", ["scale", "recipe", "laboratory", "processor", "device"])
+def test_a_control_of_another_kind_is_not_compared_with(control, what):
+    found = differences_to(control, {"tiny layer 1": entry([1, 1, 1])}, CONFIG | {what: "other"})
+    assert found == [f"differences to run_7: none, NOT COMPARABLE (another {what})"]
+
+
+def test_without_a_control_beside_it_the_differences_are_left_out_in_one_line(tmp_path):
+    (line,) = differences_to(tmp_path / "run_7", {"tiny layer 1": entry([1])}, CONFIG)
+    assert line == "differences to run_7: none, it has not been run beside this one"
+
+
+@pytest.mark.parametrize("damage", ["changed", "no json", "no list"])
+def test_a_damaged_control_is_said_and_harms_nothing(control, damage):
+    text = {"changed": '{"tiny layer 1": {}}', "no json": "{", "no list": "[]"}[damage]
+    (control / "final_info.json").write_text(text, encoding="utf-8")
+    (line,) = differences_to(control, {"tiny layer 1": entry([1])}, CONFIG)
+    assert line.startswith("differences to run_7: none, its files are not what a run of this")
+
+
+def test_the_summary_names_the_run_and_its_values_and_the_control_has_no_difference_to_itself(
+    control, capsys
+):
+    results = {"tiny layer 1": entry([1, 2, 3])}
+    print_summary("run_1, an idea", results, Clock(), CONFIG, control)
+    said = capsys.readouterr().out.splitlines()
+    assert said[:4] == ["---", "run: run_1, an idea", "entry: tiny layer 1", "fvu: 0.25"]
+    assert any("paired by seed" in line for line in said)
+    assert said[-1].startswith("seconds total: ")
+    print_summary("run_7, control", results, Clock(), CONFIG | {"run_name": "run_7"}, control)
+    assert "differences" not in capsys.readouterr().out
