@@ -12,28 +12,32 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import stop_me
+from tiny import RECIPE, stop_me
 
 import experiment
 import lab.activations
 import lab.text
-from experiment import Trainer, Training
+from experiment import Trainer
 from lab.activations import calibrate
-from lab.checkpoints import Checkpoints, TrainingLog
+from lab.checkpoints import Checkpoints, Keeper, TrainingLog, settled
 from lab.devices import Ranks
 from lab.online_absorption import OnlineAbsorption
 from lab.process import ExperimentError, Interrupted, Signals
+from lab.saved_sae import of_one_seed
 from lab.scales import Scale
+from lab.seeds import generators
+from lab.state import Packing, put_back
 
 # ── A trainer ───────────────────────────────────────────────────────────────────────────────────
 
 D_IN = 8
 SCALE = Scale(
     "tiny", "none", "sae-probes", (1, 12), training_tokens=14 * 32 + 5, batch_tokens=32,
-    context_length=9, heldout_contexts=4, d_sae=24, n_seeds=2, learning_rate=0.02, warmup_steps=2,
-    target_l0=4.0, initial_l0=12.0, ema_horizon_fraction=0.3, lm_batch=5, block_contexts=16,
-    lanes=4, checkpoint_seconds=3600, training_dtype="float32", online_every=3, online_words=30,
+    context_length=9, heldout_contexts=4, d_sae=24, n_seeds=2, target_l0=4.0, lm_batch=5,
+    block_contexts=16, lanes=4, checkpoint_seconds=3600, training_dtype="float32", online_every=3,
+    online_words=30,
 )  # fmt: skip
+OURS = replace(RECIPE, learning_rate=0.02, initial_l0_fraction=0.5, ema_horizon_fraction=0.3)
 # One run of every kind: average, adaptive pace, alpha = 1, alpha = 0, learned blend.
 KINDS = ("run_1", "run_2", "run_7", "run_8", "run_10")
 
@@ -55,7 +59,7 @@ def batches() -> list[torch.Tensor]:
 
 def fresh_trainer(name: str) -> Trainer:
     units = calibrate(torch.cat(batches()))
-    trainer = Trainer(SCALE, experiment.RUNS[name], 12, units, Ranks())
+    trainer = Trainer(SCALE, OURS, experiment.RUNS[name], 12, units, Ranks())
     trainer.online = online_absorption()
     trainer.sae.b_enc.data[:, 0] = -100.0  # a latent that never fires
     return trainer
@@ -63,7 +67,14 @@ def fresh_trainer(name: str) -> Trainer:
 
 def steps(trainer: Trainer, first: int, last: int) -> list[dict]:
     """The records of some steps, as plain numbers."""
-    return [experiment.settled(trainer.step(x), 0) for x in batches()[first:last]]
+    return [settled(trainer.step(x), 0) for x in batches()[first:last]]
+
+
+def state_of(trainer: Trainer) -> tuple[dict, dict]:
+    """What a checkpoint holds of it: (copies of the tensors, numbers)."""
+    packed = Packing(trainer, "trainer")
+    copies = {name: tensor.clone() for name, tensor in packed.tensors.items()}
+    return copies, json.loads(json.dumps(packed.json))
 
 
 def through_a_file(state: tuple[dict, dict], folder: Path) -> tuple[dict, dict]:
@@ -73,7 +84,7 @@ def through_a_file(state: tuple[dict, dict], folder: Path) -> tuple[dict, dict]:
 
 
 def assert_same_state(found: tuple[dict, dict], expected: tuple[dict, dict]) -> None:
-    assert found[1] == expected[1]
+    assert json.dumps(found[1]) == json.dumps(expected[1]), "also where something is no number"
     assert found[0].keys() == expected[0].keys()
     for name, tensor in expected[0].items():
         assert found[0][name].dtype == tensor.dtype, name
@@ -87,45 +98,75 @@ def test_a_trainer_goes_on_to_the_bit_as_if_it_had_never_stopped(name, stopped_a
     never_stopped, stopped = fresh_trainer(name), fresh_trainer(name)
     steps(never_stopped, 0, stopped_after)
     steps(stopped, 0, stopped_after)
-    state = through_a_file(stopped.state(), tmp_path)
-    restored = Trainer.restored(SCALE, experiment.RUNS[name], 12, Ranks(), *state)
+    tensors, numbers = state = through_a_file(state_of(stopped), tmp_path)
+    # Whatever the new one starts from, it is the old one that goes on.
+    restored = Trainer(SCALE, OURS, experiment.RUNS[name], 12, calibrate(batches()[0]), Ranks())
+    assert put_back(restored, numbers, tensors) is restored
     restored.online = online_absorption()
     assert restored.steps_done == stopped_after
-    assert_same_state(restored.state(), state)
+    assert_same_state(state_of(restored), state)
     expected = steps(never_stopped, stopped_after, stopped_after + 3)
     assert steps(restored, stopped_after, stopped_after + 3) == expected
-    assert_same_state(restored.state(), never_stopped.state())
-    for attribute, value in vars(never_stopped).items():  # also those that state() might forget
+    assert_same_state(state_of(restored), state_of(never_stopped))
+    for attribute, value in vars(never_stopped).items():  # also those that a state might forget
         found = getattr(restored, attribute)
         if isinstance(value, torch.Tensor):
             assert torch.equal(found.nan_to_num(), value.nan_to_num()), attribute
         elif isinstance(value, int | list):
             assert found == value, attribute
-    for seed in range(2):
-        own, theirs = restored.export(seed, True), never_stopped.export(seed, True)
-        assert own[1] == theirs[1]
-        assert all(torch.equal(own[0][key], theirs[0][key]) for key in theirs[0])
+    assert restored.units.scale == never_stopped.units.scale
+    with restored.averaged(), never_stopped.averaged():
+        for seed in range(2):
+            own, theirs = (of_one_seed(t.sae, seed, 2) for t in (restored, never_stopped))
+            assert all(torch.equal(own[key], theirs[key]) for key in theirs)
 
 
 def test_the_state_of_a_trainer_is_not_at_rest_anywhere():
     """Else the test above would say nothing about some part of it."""
     trainer = fresh_trainer("run_2")
-    tensors, numbers = trainer.state()
-    before = {name: tensor.clone() for name, tensor in tensors.items()}
-    numbers = json.loads(json.dumps(numbers))
+    before, numbers = state_of(trainer)
     steps(trainer, 0, 10)
-    tensors, after = trainer.state()
+    tensors, after = state_of(trainer)
     same = {
         name
         for name, t in before.items()
         if torch.equal(t.nan_to_num(), tensors[name].nan_to_num())
     }
-    same.discard("l0_ratio_S")  # 1 while the average lags behind the weights
-    assert same == {"b_dec", "sae.log_k", "sae.exponent", "average.5", "average.6"}, (
-        "the units, and what is learned in run_10 alone"
-    )
-    assert {name for name in numbers if numbers[name] == after[name]} == {"units"}
+    same.discard("trainer.l0_ratio_S")  # 1 while the average lags behind the weights
+    learned = {"trainer.sae.log_k", "trainer.sae.exponent"}
+    learned |= {f"trainer.average.average.{i}" for i in (5, 6)}
+    assert same == {"trainer.units.1"} | learned, "the units, and what run_10 alone learns"
     assert len(tensors) - len(before) == 3 * 5, "two moments and the step of every weight"
+    attributes = dict(numbers["object"]["dict"]), dict(after["object"]["dict"])
+    changed = {name for name in attributes[0] if attributes[0][name] != attributes[1][name]}
+    assert changed == {"optimizer", "paced", "rate", "best_absorption", "steps_done"}
+
+
+def test_an_attribute_that_an_experimenter_adds_is_kept_without_a_word_of_theirs(tmp_path):
+    """Of the trainer, of its SAE, and of an object that hangs on either."""
+
+    class Schedule:
+        def __init__(self):
+            self.calls, self.norms = 0, []
+
+    def more(trainer: Trainer) -> Trainer:
+        trainer.skipped, trainer.sae.schedule = 0, Schedule()
+        trainer.sae.register_buffer("mean", torch.zeros(2, D_IN), persistent=False)
+        return trainer
+
+    stopped, restored = more(fresh_trainer("run_1")), more(fresh_trainer("run_1"))
+    steps(stopped, 0, 2)
+    stopped.skipped = 3
+    stopped.sae.schedule.calls, stopped.sae.schedule.norms = 5, [torch.ones(2), 0.5]
+    stopped.sae.mean += 7
+    tensors, numbers = through_a_file(state_of(stopped), tmp_path)
+    put_back(restored, numbers, tensors)
+    assert (restored.skipped, restored.sae.schedule.calls) == (3, 5)
+    assert restored.sae.schedule.norms[0].tolist() == [1, 1]
+    assert (restored.sae.mean == 7).all()
+    stopped.sae.source = random.Random(0)
+    with pytest.raises(ExperimentError, match=r"would lose trainer\.sae\.source, a random\.Random"):
+        state_of(stopped)
 
 
 # ── A training ──────────────────────────────────────────────────────────────────────────────────
@@ -167,16 +208,20 @@ class Execution:
 
     def __init__(self, folder: Path, name: str = "run_2", lm: Reader | None = None, scale=SCALE):
         folder.mkdir(exist_ok=True)
+        self.scale = scale
         self.log = TrainingLog(folder / "log", name, {})
         self.checkpoints = Checkpoints(folder / "checkpoint", {"run": name})
         checkpoint = self.checkpoints.read(self.log)
         lm = lm or Reader()
         self.begun_at = checkpoint[1]["step"] if checkpoint else None
         run = experiment.RUNS[name]
-        self.training = Training(scale, run, lm, 5, Ranks(), checkpoint)
+        parts = experiment.begun(scale, OURS, run, lm, 5, Ranks(), checkpoint)
+        self.trainers, self.stream = parts
 
     def train(self, signals: Signals) -> "Execution":
-        self.training.train(self.log, self.checkpoints, signals)
+        seconds = self.scale.checkpoint_seconds
+        keeper = Keeper(self.log, self.checkpoints, signals, Ranks(), seconds)
+        experiment.train(self.scale, self.trainers, self.stream, keeper)
         return self
 
     def result(self) -> tuple[list[dict], tuple[dict, dict]]:
@@ -185,8 +230,18 @@ class Execution:
         records = [json.loads(line) for line in lines]
         assert self.log.records == records
         slow = [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
-        tensors, state = self.training.state()
-        return slow, ({k: t.clone() for k, t in tensors.items()}, json.loads(json.dumps(state)))
+        tensors, state = self.checkpoints.read(self.log)
+        assert_same_state(
+            state_of_all(self.trainers, generators()), (tensors, {"all": state.pop("packed")})
+        )
+        return slow, (tensors, state)
+
+
+def state_of_all(trainers: list[Trainer], drawn: dict) -> tuple[dict, dict]:
+    """As experiment.train() packs it."""
+    whole = {"units": [trainer.units for trainer in trainers]}
+    packed = Packing(whole | {"trainers": trainers, "generators": drawn}, "training")
+    return packed.tensors, json.loads(json.dumps({"all": packed.json}))
 
 
 def assert_same_result(found: Execution, expected: Execution) -> None:
@@ -299,6 +354,44 @@ def read_steps(execution: Execution) -> int:
     return execution.checkpoints.read(execution.log)[1]["step"]
 
 
+def test_what_a_checkpoint_would_lose_is_refused_after_the_first_step(text, tmp_path, signals):
+    execution = Execution(tmp_path / "run")
+    execution.trainers[1].draw = random.Random(0)
+    with pytest.raises(
+        ExperimentError, match=r"lose training\.trainers\.1\.draw, a random\.Random"
+    ):
+        execution.train(signals)
+    assert [trainer.steps_done for trainer in execution.trainers] == [1, 1]
+    assert execution.checkpoints.newest_first() == []
+
+
+@pytest.mark.parametrize("draw", ["torch", "random"])
+def test_who_draws_from_the_global_generators_goes_on_with_the_same_numbers(
+    draw, text, tmp_path, signals, monkeypatch
+):
+    """Noise on the activations, say: an experimenter gives it no generator of its own."""
+    step = Trainer.step
+
+    def noisy(self, x):
+        if stops and (self.layer, self.steps_done) == (1, 6):
+            stop_me()
+        noise = torch.randn_like(x) if draw == "torch" else random.gauss(0, 1)
+        return step(self, x + noise)
+
+    monkeypatch.setattr(Trainer, "step", noisy)
+    stops = False
+    whole = Execution(tmp_path / "whole", "run_1").train(signals).result()
+    stops = True
+    with pytest.raises(Interrupted):
+        Execution(tmp_path / "stopped", "run_1").train(signals)
+    stops, signals.received = False, None
+    torch.manual_seed(99)  # another process
+    random.seed(99)
+    found = Execution(tmp_path / "stopped", "run_1").train(signals).result()
+    assert found[0] == whole[0]
+    assert_same_state(found[1], whole[1])
+
+
 def test_checkpoints_come_as_often_as_asked_for(text, tmp_path, signals, monkeypatch):
     saved_at = []
     monkeypatch.setattr(Checkpoints, "save", lambda self, step, *_: saved_at.append(step))
@@ -310,25 +403,20 @@ def test_checkpoints_come_as_often_as_asked_for(text, tmp_path, signals, monkeyp
     assert saved_at == [*range(1, 15), 14]
 
 
-def test_both_layers_are_trained_on_the_same_tokens_in_units_of_their_own(text, tmp_path, signals):
+def test_both_layers_are_trained_on_the_same_tokens_in_units_of_their_own(
+    text, tmp_path, signals, monkeypatch
+):
     seen: dict[int, list[torch.Tensor]] = {1: [], 12: []}
-    training = Execution(tmp_path / "run").training
-    for trainer in training.trainers:
-        step = trainer.step
-        trainer.step = lambda x, t=trainer, step=step: (seen[t.layer].append(x), step(x))[1]
-    training.train(lambda records: None, SaveNothing(), signals)
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda t, x: (seen[t.layer].append(x), step(t, x))[1])
+    execution = Execution(tmp_path / "run").train(signals)
     shallow, deep = (torch.cat(seen[layer]) for layer in (1, 12))
     assert len(shallow) == len(deep) == 14 * 32
     row_of = {tuple(row.tolist()): i for i, row in enumerate(Reader.table[:, 0])}
     tokens = [row_of[tuple(row.tolist())] for row in shallow]
     torch.testing.assert_close(deep, 3 * Reader.table[tokens, 1] + 1)
-    first, second = (trainer.units for trainer in training.trainers)
+    first, second = (trainer.units for trainer in execution.trainers)
     assert first.scale / second.scale == pytest.approx(3, rel=0.2)
-
-
-class SaveNothing:
-    def save(self, *_):
-        pass
 
 
 def test_a_text_that_ends_too_early_is_an_error_that_says_where(text, tmp_path, signals):
