@@ -16,6 +16,8 @@ from lab.metrics import (
     pairwise_mcc,
     probing_metrics,
     rank_correlation,
+    roughness,
+    rounded,
     running_median,
     sd_or_none,
     stability,
@@ -50,6 +52,18 @@ def test_a_value_of_0_is_not_missing():
     assert stderr_or_none([0.0, 0.0]) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.123456, 0.1235), (123456.0, 123500.0), (-2.00049, -2.0), (0.0, 0.0), (None, None),
+        (1.23456e-7, 1.235e-7), (99999.0, 100000.0), (36, 36.0), (0.5, 0.5),
+    ],
+)  # fmt: skip
+def test_numbers_are_shown_to_four_significant_digits(value, shown):
+    assert rounded(value) == shown
+    assert rounded(0.123456, digits=2) == 0.12
+
+
 # ── Training-curve stability ────────────────────────────────────────────────────────────────────
 
 
@@ -72,7 +86,7 @@ def smooth_loss() -> np.ndarray:
 
 
 def of_loss(loss) -> dict:
-    return stability(list(loss), [1.0] * len(loss))
+    return stability(list(loss), [1.0] * len(loss), [1.0] * len(loss))
 
 
 def test_a_smooth_curve_has_almost_no_roughness_and_no_spikes():
@@ -88,6 +102,19 @@ def test_roughness_is_the_sd_of_log_loss_around_its_running_median():
     loss[600] = math.e  # 799 zeros and a one: variance (1 - 1 / 800) / 799
     assert of_loss(loss)["loss_roughness"] == pytest.approx(1 / math.sqrt(800))
     assert of_loss(7 * loss)["loss_roughness"] == pytest.approx(1 / math.sqrt(800)), "no unit"
+
+
+def test_the_mse_is_judged_as_the_loss_is_and_apart_from_it():
+    """It is what all arms have in common, whatever they add to the loss."""
+    smooth, rough = [2.0] * STEPS, [1.0] * STEPS
+    rough[600] = math.e
+    found = stability(smooth, rough, [1.0] * STEPS)
+    assert found["mse_roughness"] == pytest.approx(1 / math.sqrt(800))
+    assert (found["loss_roughness"], found["loss_spikes"]) == (0.0, 0.0)
+    turned = stability(rough, smooth, [1.0] * STEPS)
+    assert (turned["loss_roughness"], turned["mse_roughness"]) == (found["mse_roughness"], 0.0)
+    assert roughness(rough) == found["mse_roughness"]
+    assert turned["loss_spikes"] == 1.0
 
 
 def test_spikes_are_steps_over_one_and_a_half_times_the_median():
@@ -108,13 +135,14 @@ def test_the_first_fifth_of_training_does_not_count():
 
 def test_the_variation_of_the_gradient_norm_is_sd_over_mean_of_the_last_four_fifths():
     grads = [1e6, 1e-6] * 100 + [1.0, 3.0] * 400
-    found = stability([1.0] * 1000, grads)["grad_norm_cv"]
+    found = stability([1.0] * 1000, [1.0] * 1000, grads)["grad_norm_cv"]
     assert found == pytest.approx(math.sqrt(800 / 799) / 2)
 
 
 def test_stability_of_a_single_step_is_missing_and_not_0():
-    assert stability([1.0], [1.0]) == {
+    assert stability([1.0], [1.0], [1.0]) == {
         "loss_roughness": None,
+        "mse_roughness": None,
         "loss_spikes": 0.0,
         "grad_norm_cv": None,
     }

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,13 +36,15 @@ def made_up(n_seeds: int = 3) -> dict:
     records = [
         {
             "loss": [2.0 + s for s in seeds],
+            "mse": [1.0 + s for s in seeds],
             "grad_norm": [1.0 + step % 2 for _ in seeds],
-            "online_absorption": [0.1 * (s + 1) for s in seeds] if step == 99 else None,
-            "online_full_absorption": [0.0 for _ in seeds] if step == 99 else None,
+            "online_absorption_fraction": [0.1 * (s + 1) for s in seeds] if step == 99 else None,
+            "online_absorption_full": [0.0 for _ in seeds] if step == 99 else None,
         }
         for step in range(100)
     ]
     records[50]["loss"][-1] *= 2
+    records[50]["mse"][0] *= math.e
     up = dict(zip("abcd", (0.1, 0.2, 0.3, 0.4), strict=True))
     down = dict(zip("abcd", (0.4, 0.3, 0.2, 0.1), strict=True))
     eye = torch.eye(6)
@@ -63,9 +66,11 @@ def test_the_results_of_a_layer_hold_one_value_per_seed_of_everything():
     assert values["probing_top_1"] == pytest.approx([0.7, 0.75, 0.8])
     assert values["loss_spikes"] == [0.0, 0.0, 1.0]
     assert values["loss_roughness"][0] == pytest.approx(0.0, abs=1e-12)
+    # 79 zeros and a one: variance (1 - 1 / 80) / 79
+    assert values["mse_roughness"] == pytest.approx([1 / math.sqrt(80), 0.0, 0.0], abs=1e-12)
     assert values["grad_norm_cv"][0] == pytest.approx(math.sqrt(80 / 79) * 0.5 / 1.5)
-    assert values["online_absorption"] == pytest.approx([0.1, 0.2, 0.3])
-    assert values["online_full_absorption"] == [0.0, 0.0, 0.0]
+    assert values["online_absorption_fraction"] == pytest.approx([0.1, 0.2, 0.3])
+    assert values["online_absorption_full"] == [0.0, 0.0, 0.0]
     # Seeds 0 and 1 rank the letters alike, seed 2 the other way round.
     assert values["absorption_full_rank_correlation"] == pytest.approx([0.0, 0.0, -1.0])
     assert values["absorption_fraction_rank_correlation"] == pytest.approx([1.0, 1.0, 1.0])
@@ -78,13 +83,33 @@ def test_means_and_errors_of_a_layer_come_from_its_values_per_seed():
     means, stderrs = found["means"], found["stderrs"]
     assert set(means) == set(stderrs)
     assert means["fvu"] == pytest.approx(0.3)
-    assert stderrs["fvu"] == pytest.approx(0.1 / math.sqrt(3))
-    assert means["loss_spikes"] == pytest.approx(1 / 3)
+    assert stderrs["fvu"] == pytest.approx(0.1 / math.sqrt(3), rel=5e-4)
+    assert means["loss_spikes"] == pytest.approx(1 / 3, rel=5e-4)
     assert (means["l0"], stderrs["l0"]) == (36.0, 0.0)
     assert means["probing_top_1_sd_over_seeds"] == pytest.approx(0.05)
     assert stderrs["probing_top_1_sd_over_seeds"] is None
     for name, values in found["final_info_dict"].items():
-        assert means[name] == pytest.approx(sum(values) / 3), name
+        assert means[name] == float(f"{sum(values) / 3:.4g}"), name
+
+
+def test_what_a_loop_reads_is_short_and_every_digit_is_kept_beside_it():
+    """Four significant digits of means and errors; final_info_dict is not rounded."""
+    arguments = made_up()
+    arguments["fidelities"][0] = Fidelity(0.123456789, 36.0, 0.0, 0.9)
+    found = layer_results(**arguments)
+    shown = [*found["means"].values(), *found["stderrs"].values()]
+    assert all(value is None or value == float(f"{value:.4g}") for value in shown)
+    assert found["means"]["fvu"] == 0.2745  # of 0.123456789, 0.3, 0.4
+    assert found["stderrs"]["fvu"] == 0.08084  # 0.0808447
+    assert found["final_info_dict"]["fvu"][0] == 0.123456789
+
+
+def test_a_layers_results_say_what_it_was_trained_to():
+    found = layer_results(**made_up())
+    assert (found["means"]["l0_target"], found["means"]["training_steps"]) == (36.0, 100.0)
+    assert (found["stderrs"]["l0_target"], found["stderrs"]["training_steps"]) == (None, None)
+    other = made_up() | {"scale": replace(scale(3), target_l0=20.0)}
+    assert layer_results(**other)["means"]["l0_target"] == 20.0
 
 
 def test_agreement_between_seeds_has_a_mean_and_no_standard_error():
@@ -99,6 +124,8 @@ def test_agreement_between_seeds_has_a_mean_and_no_standard_error():
         "absorption_full_sd_over_seeds",
         "absorption_fraction_sd_over_seeds",
         "probing_top_1_sd_over_seeds",
+        "l0_target",
+        "training_steps",
     }
     assert None not in [found["means"][name] for name in without]
 
@@ -141,7 +168,7 @@ def test_absorption_that_could_not_be_measured_is_null_and_nothing_else_is():
     arguments = made_up()
     arguments["absorption"] = [None, None, None]
     for record in arguments["records"]:
-        record |= {"online_absorption": None, "online_full_absorption": None}
+        record |= {"online_absorption_fraction": None, "online_absorption_full": None}
     found = layer_results(**arguments)
     missing = {name for name, mean in found["means"].items() if mean is None}
     assert missing == {name for name in found["means"] if "absorption" in name}
@@ -169,6 +196,19 @@ def test_a_single_seed_has_means_but_no_errors_and_no_agreement():
 def test_a_read_out_check_has_the_probing_metrics_of_every_seed():
     found = readout_results(scale(3), made_up()["probing"])
     assert found["final_info_dict"]["probing_top_1"] == pytest.approx([0.7, 0.75, 0.8])
-    assert found["means"]["probing_top_1"] == pytest.approx(0.75)
-    assert found["stderrs"]["probing_top_1"] == pytest.approx(0.05 / math.sqrt(3))
+    assert found["means"]["probing_top_1"] == 0.75
+    assert found["stderrs"]["probing_top_1"] == 0.02887  # 0.05 / sqrt(3)
     assert found["per_task"]["probing_top_1"]["code"] == pytest.approx([0.6, 0.7, 0.8])
+
+
+def test_a_read_out_check_does_not_repeat_what_the_main_entry_says():
+    """The language model's own scores do not depend on the SAE."""
+    found = readout_results(scale(3), made_up()["probing"])
+    main = layer_results(**made_up())
+    for part in ("means", "stderrs", "final_info_dict"):
+        assert {n for n in main[part] if n.startswith("lm_")} == {
+            "lm_top_1", "lm_top_2", "lm_all_channels"
+        }  # fmt: skip
+        assert set(found[part]) == {
+            "probing_top_1", "probing_top_2", "probing_all_latents", "probing_top_1_sd_over_tasks"
+        }  # fmt: skip

@@ -1,18 +1,24 @@
-"""The committed study is the program's own: same configuration, complete, at matched sparsity."""
+"""The committed study is the program's own: same configuration, complete, at matched sparsity.
+
+It was made when the recipe still stood in the scale, and before some metrics had their names of
+today: RENAMED says which, and everything else must be what it is now.
+"""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import test_results
 
 import experiment
 from lab.folders import differences
+from lab.results import layer_results
 from lab.scales import SCALES
-from lab.storage import json_text
+from lab.storage import disjoint, json_text
 
 STUDY = Path(experiment.__file__).parent / "results" / "laptop"
-SCALE = SCALES["laptop"]
+SCALE, RECIPE = SCALES["laptop"], experiment.RECIPES["laptop"]
 ENTRY = "laptop layer 8"
 MAIN_METRICS = (
     "loss_roughness",
@@ -24,9 +30,34 @@ MAIN_METRICS = (
     "fvu",
     "l0",
     "ce_recovered",
-    "online_absorption",
+    "online_absorption_fraction",
+    "online_absorption_full",
     "decoder_pw_mcc",
 )
+RENAMED = {  # now: then
+    "online_absorption_fraction": "online_absorption",
+    "online_absorption_full": "online_full_absorption",
+}
+
+
+def test_the_metrics_of_the_study_are_those_that_runs_have_now_but_for_their_names():
+    """What is new since is named here, so that nothing is missing by accident."""
+    since = {"mse_roughness", "l0_target", "training_steps"}
+    now = {RENAMED.get(name, name) for name in set(metrics_of_a_run()) - since}
+    for run in experiment.RUNS:
+        assert set(results_of(run)[ENTRY]["means"]) == now, run
+
+
+def metrics_of_a_run() -> dict:
+    arguments = test_results.made_up()
+    scale = replace(arguments["scale"], k_values=SCALE.k_values)
+    for found in arguments["probing"]:
+        for name in ("sae", "llm"):
+            scores = found["eval_result_metrics"][name]
+            scores |= {f"{name}_top_{k}_test_accuracy": 0.5 for k in SCALE.k_values}
+        for task in found["eval_result_details"]:
+            task |= {f"sae_top_{k}_test_accuracy": 0.5 for k in SCALE.k_values}
+    return layer_results(**arguments | {"scale": scale})["means"]
 
 
 def results_of(run: str) -> dict:
@@ -36,7 +67,13 @@ def results_of(run: str) -> dict:
 @pytest.mark.parametrize("run", experiment.RUNS)
 def test_the_committed_numbers_came_from_the_committed_configuration(run):
     config = json.loads((STUDY / run / "config.json").read_text(encoding="utf-8"))
-    identity = {"run_name": run, "run": asdict(experiment.RUNS[run]), "scale": asdict(SCALE)}
+    recipe = asdict(RECIPE)
+    recipe["initial_l0"] = recipe.pop("initial_l0_fraction") * SCALE.d_sae
+    identity = {
+        "run_name": run,
+        "run": asdict(experiment.RUNS[run]),
+        "scale": disjoint(asdict(SCALE), recipe),
+    }
     now = json.loads(json_text(identity))
     assert differences({name: config[name] for name in now}, now) == []
 
@@ -44,7 +81,7 @@ def test_the_committed_numbers_came_from_the_committed_configuration(run):
 @pytest.mark.parametrize("run", experiment.RUNS)
 def test_no_main_metric_of_the_study_is_missing(run):
     entry = results_of(run)[ENTRY]
-    for metric in MAIN_METRICS:
+    for metric in (RENAMED.get(name, name) for name in MAIN_METRICS):
         assert entry["means"][metric] is not None, metric
         # PW-MCC compares pairs of seeds, which share them: their spread is no standard error.
         assert (entry["stderrs"][metric] is None) == (metric == "decoder_pw_mcc"), metric
