@@ -3,13 +3,18 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import stop_me
 
-from lab.checkpoints import Checkpoints, TrainingLog
+from lab.checkpoints import Checkpoints, Keeper, TrainingLog, settled
+from lab.devices import Ranks
+from lab.process import ExperimentError, Interrupted
 
 # ── The log ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -177,3 +182,192 @@ def test_a_process_that_does_not_write_saves_nothing(tmp_path):
     log = TrainingLog(tmp_path / "log", "run_1", {}, writes=False)
     Checkpoints(tmp_path / "checkpoint", IDENTITY, writes=False).save(1, {}, {}, log)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_log_whose_folder_was_emptied_meanwhile_is_written_again_whole(tmp_path):
+    (tmp_path / "work").mkdir()
+    log = written_log(tmp_path / "work" / "log", 2)
+    shutil.rmtree(tmp_path / "work")
+    log([{"layer": 1, "step": 2, "loss": [0.1]}])
+    lines = (tmp_path / "work" / "log").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == log.records and len(lines) == 3
+    again = TrainingLog(tmp_path / "work" / "log", "run_1", {})
+    assert again.take_up(*mark(log)) and again.records == log.records
+
+
+# ── Which one to go on from ─────────────────────────────────────────────────────────────────────
+
+
+def test_going_on_is_said_with_the_step(tmp_path, capsys):
+    checkpoints, _ = saved(tmp_path)
+    log = TrainingLog(tmp_path / "log", "run_1", {})
+    _, state = checkpoints.newest(log, Ranks())
+    assert state["step"] == 30
+    assert capsys.readouterr().out == "going on from the checkpoint of step 30\n"
+
+
+def test_where_there_is_nothing_to_go_on_from_what_lies_about_is_removed(tmp_path):
+    checkpoints, _ = saved(tmp_path)
+    folder = tmp_path / "checkpoint"
+    (folder / "identity.json").write_text("{}")
+    (folder / "evaluated_0123").mkdir()
+    (folder / "evaluated_0123" / "part.json").write_text("{}")
+    (folder / "partial").write_bytes(b"half")
+    assert checkpoints.newest(TrainingLog(tmp_path / "log", "run_1", {}), Ranks())
+    assert (folder / "evaluated_0123" / "part.json").exists(), "it belongs to the checkpoint"
+    for path in checkpoints.newest_first():
+        path.write_bytes(b"")
+    assert checkpoints.newest(TrainingLog(tmp_path / "log", "run_1", {}), Ranks()) is None
+    assert [path.name for path in folder.iterdir()] == ["identity.json"]
+
+
+def test_a_process_that_does_not_write_removes_nothing(tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "partial").write_bytes(b"half")
+    checkpoints = Checkpoints(folder, IDENTITY, writes=False)
+    log = TrainingLog(tmp_path / "log", "run_1", {}, writes=False)
+    assert checkpoints.newest(log, Ranks()) is None
+    assert (folder / "partial").exists()
+
+
+def test_processes_that_do_not_see_the_same_checkpoint_are_stopped(tmp_path):
+    checkpoints, _ = saved(tmp_path)
+    two = SimpleNamespace(gathered=lambda step: [step, None])
+    with pytest.raises(ExperimentError, match="COSINE_SAE_CACHE"):
+        checkpoints.newest(TrainingLog(tmp_path / "log", "run_1", {}), two)
+
+
+# ── The keeper of both ──────────────────────────────────────────────────────────────────────────
+
+
+def record(step: int, loss: float = 0.5) -> dict:
+    names = ("loss", "mse", "l1", "lambda", "grad_norm")
+    return {"layer": 1, "step": step} | {n: torch.tensor([0.25, loss]) for n in names}
+
+
+class Clock:
+    """time.monotonic() that a test moves; by itself it moves a little."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr("lab.checkpoints.time.monotonic", self.read)
+
+    def read(self) -> float:
+        self.now += 1e-9
+        return self.now
+
+
+@pytest.fixture
+def keeper(tmp_path, signals, monkeypatch):
+    """A keeper with a checkpoint a minute, one process alone."""
+    clock = Clock(monkeypatch)
+    log = TrainingLog(tmp_path / "log", "run_1", {})
+    checkpoints = Checkpoints(tmp_path / "checkpoint", IDENTITY)
+    found = Keeper(log, checkpoints, signals, Ranks(), seconds=60)
+    found.clock = clock
+    return found
+
+
+def state_at(step: int):
+    return lambda: ({"x": torch.full((4,), float(step))}, {"step": step})
+
+
+def test_records_are_written_every_tenth_step_and_in_order(keeper):
+    for step in range(1, 25):
+        keeper.clock.now += 0.5
+        keeper.note(step, 100, [record(step - 1)])
+    assert [r["step"] for r in keeper.log.records] == list(range(20))
+    first = keeper.log.records[0]
+    assert (first["loss"], first["tokens_per_second"]) == ([0.25, 0.5], 200)
+    keeper.flush()
+    assert [r["step"] for r in keeper.log.records] == list(range(24))
+    lines = keeper.log.path.read_text().splitlines()
+    assert [json.loads(line) for line in lines] == keeper.log.records
+
+
+def test_a_checkpoint_is_written_when_it_is_due_with_the_records_up_to_it(keeper, tmp_path):
+    for step in range(1, 4):
+        keeper.clock.now += 25
+        keeper.note(step, 100, [record(step - 1)])
+        keeper.look(step, state_at(step))
+    (path,) = keeper.checkpoints.newest_first()
+    assert path.name.startswith("step_00000003_")
+    assert [r["step"] for r in keeper.log.records] == [0, 1, 2]
+    keeper.clock.now += 59
+    keeper.look(4, state_at(4))
+    assert len(keeper.checkpoints.newest_first()) == 1, "a minute after the last one, not before"
+    keeper.clock.now += 1
+    keeper.look(5, state_at(5))
+    tensors, state = keeper.checkpoints.read(TrainingLog(tmp_path / "log", "run_1", {}))
+    assert state == {"step": 5} and tensors["x"].tolist() == [5.0] * 4
+
+
+def test_a_signal_is_looked_for_after_a_step_and_waits_for_a_checkpoint_to_be_whole(keeper):
+    with keeper.signals.kept():
+        stop_me()
+    with pytest.raises(Interrupted):
+        keeper.look(1, state_at(1))
+    keeper.signals.received = None
+
+    def state():
+        stop_me()
+        return state_at(2)()
+
+    keeper.checkpoint(2, state)
+    assert keeper.signals.received and len(keeper.checkpoints.newest_first()) == 1
+    with pytest.raises(Interrupted):
+        keeper.look(2, state_at(2))
+
+
+def test_several_processes_agree_now_and_then_and_all_do_what_one_of_them_wants(keeper):
+    asked, theirs = [], (0, False)
+
+    def gathered(mine: tuple) -> list:
+        asked.append(mine)
+        return [mine, theirs]
+
+    keeper.ranks = SimpleNamespace(world=2, gathered=gathered)
+    for step in range(1, 10):
+        keeper.look(step, state_at(step))
+    assert asked == [], "not every step: it is a synchronisation point"
+    keeper.look(10, state_at(10))
+    assert asked == [(0, False)] and keeper.checkpoints.newest_first() == []
+    theirs = (0, True)
+    keeper.look(20, state_at(20))
+    assert len(keeper.checkpoints.newest_first()) == 1
+    theirs = (15, False)
+    with pytest.raises(Interrupted) as stop:
+        keeper.look(30, state_at(30))
+    assert stop.value.signal_number == 15
+
+
+def test_of_several_processes_none_is_stopped_in_the_middle_of_a_step(keeper, signals):
+    several = SimpleNamespace(world=2)
+    Keeper(keeper.log, keeper.checkpoints, signals, several, seconds=60)
+    stop_me()  # raises nothing: training asks
+    assert signals.received
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_stops_with_step_layer_seed_and_values(keeper, loss, tmp_path):
+    keeper.note(1, 100, [record(0)])
+    keeper.checkpoint(1, state_at(1))
+    keeper.note(2, 100, [record(1, loss)])
+    with pytest.raises(
+        ExperimentError, match=f"loss is {loss} at step 1, layer 1, seed 1"
+    ) as error:
+        keeper.flush()
+    assert all(f"{name}=" in str(error.value) for name in ("mse", "l1", "lambda", "grad_norm"))
+    log = TrainingLog(tmp_path / "log", "run_1", {})
+    assert keeper.checkpoints.read(log)[1]["step"] == 1, "the last good one is kept"
+    assert [r["step"] for r in log.records] == [0]
+
+
+def test_a_record_is_settled_into_plain_numbers_without_changing_it():
+    own = record(3) | {"alpha": [0.1, 0.2], "l0_average": None}
+    found = settled(own, 1234)
+    assert json.loads(json.dumps(found)) == found
+    assert (found["loss"], found["alpha"], found["l0_average"]) == ([0.25, 0.5], [0.1, 0.2], None)
+    assert found["tokens_per_second"] == 1234
+    assert "tokens_per_second" not in own and isinstance(own["loss"], torch.Tensor)

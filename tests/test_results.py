@@ -100,7 +100,7 @@ def test_what_a_loop_reads_is_short_and_every_digit_is_kept_beside_it():
     shown = [*found["means"].values(), *found["stderrs"].values()]
     assert all(value is None or value == float(f"{value:.4g}") for value in shown)
     assert found["means"]["fvu"] == 0.2745  # of 0.123456789, 0.3, 0.4
-    assert found["stderrs"]["fvu"] == 0.08084  # 0.0808447
+    assert found["stderrs"]["fvu"] == 0.08084  # 0.0808440
     assert found["final_info_dict"]["fvu"][0] == 0.123456789
 
 

@@ -1,15 +1,27 @@
 """Files and cache entries survive interruptions and damage; what is finished is remembered."""
 
+import importlib.util
 import json
 import math
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 
-from lab.storage import cache_root, cached, json_text, remembered, write_atomically
+from lab.identity import code_behind
+from lab.storage import (
+    cache_root,
+    cached,
+    disjoint,
+    json_text,
+    remembered,
+    save_tensors,
+    write_atomically,
+)
 
 # ── Files ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -116,7 +128,9 @@ def test_an_entry_is_built_once_and_stands_where_the_environment_says(cache):
     assert is_good(entry)
     assert cached("kind", {"b": [2], "a": 1}, build) == entry
     assert build.calls == 1
-    assert json.loads((entry / "manifest.json").read_text())["key"] == {"a": 1, "b": [2]}
+    code = code_behind(__name__)  # of this file, where Build stands
+    key = json.loads((entry / "manifest.json").read_text())["key"]
+    assert key == {"a": 1, "b": [2], "code": code}
 
 
 def test_without_the_environment_the_cache_is_in_the_users_home(monkeypatch, tmp_path):
@@ -128,6 +142,82 @@ def test_without_the_environment_the_cache_is_in_the_users_home(monkeypatch, tmp
 def test_every_key_and_kind_has_an_entry_of_its_own(cache):
     keys = [("kind", {"a": 1}), ("kind", {"a": 2}), ("kind", {"b": 1}), ("other", {"a": 1})]
     assert len({cached(kind, key, Build()) for kind, key in keys}) == 4
+
+
+def maker_in(folder: Path, code: str, name: str = "maker"):
+    """The function make() of a module of this code, and how often it was called."""
+    (folder / f"{name}.py").write_text(code)
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MAKER = """
+from lab import seeds
+
+calls = []
+
+def make(folder):
+    calls.append(seeds.seed_for("made"))
+    (folder / "content").write_text("one")
+"""
+
+
+@pytest.mark.parametrize(
+    ("edit", "made_again"),
+    [
+        (("one", "two"), True),
+        (("\ndef make", "\n# A remark.\ndef make"), False),
+        (("\n    calls.", '\n    """What it does."""\n\n    calls.'), False),
+        (("from lab import seeds", "from lab import metrics, seeds"), True),
+    ],
+    ids=["other content", "a comment", "a docstring", "another room"],
+)
+def test_an_entry_belongs_to_the_code_that_made_it(cache, tmp_path, monkeypatch, edit, made_again):
+    """Whoever edits a room gets what the edited room makes; an entry of other code stays."""
+    monkeypatch.setitem(sys.modules, "maker", None)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "new").mkdir()
+    old = maker_in(tmp_path / "old", MAKER)
+    before = cached("kind", {"a": 1}, old.make)
+    assert MAKER.count(edit[0]) == 1
+    new = maker_in(tmp_path / "new", MAKER.replace(*edit))
+    after = cached("kind", {"a": 1}, new.make)
+    assert (len(old.calls), len(new.calls)) == (1, int(made_again))
+    assert (after != before) == made_again
+    assert (before / "content").read_text() == "one"
+
+
+def test_an_entry_of_the_same_name_made_by_another_room_is_another(cache, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "maker", None)
+    monkeypatch.setitem(sys.modules, "other_maker", None)
+    first = cached("kind", {"a": 1}, maker_in(tmp_path, MAKER).make)
+    assert cached("kind", {"a": 1}, maker_in(tmp_path, MAKER, "other_maker").make) != first
+
+
+def test_a_key_that_names_code_itself_is_refused(cache):
+    with pytest.raises(ValueError, match="code"):
+        cached("kind", {"code": "mine"}, Build())
+
+
+def test_parts_of_a_key_that_share_a_name_are_refused_and_named():
+    assert disjoint({"a": 1}, {"b": 2}, c=3) == {"a": 1, "b": 2, "c": 3}
+    assert disjoint() == {}
+    parts = {"a": 1}, {"b": 2}
+    assert disjoint(*parts) and parts == ({"a": 1}, {"b": 2}), "they stay as they were"
+    for shared in (({"a": 1, "b": 2}, {"b": 3, "a": 1}), ({"a": 1, "b": 2}, {"c": 0}, {"a": 1})):
+        with pytest.raises(ValueError, match=r"lose one of two values of a"):
+            disjoint(*shared)
+    with pytest.raises(ValueError, match="of a, b"):
+        disjoint({"a": 1, "b": 2}, b=3, a=4)
+
+
+def test_tensors_that_cannot_be_written_are_an_error_that_names_the_file(tmp_path):
+    path = tmp_path / "nowhere" / "x.safetensors"
+    with pytest.raises(OSError) as error:
+        save_tensors({"x": torch.zeros(2)}, path)
+    assert error.value.filename == str(path)
 
 
 def flip_a_byte(entry: Path) -> None:
@@ -279,6 +369,35 @@ def test_a_damaged_part_is_computed_again(tmp_path, damage):
     assert compute.times == 2
     remembered(path, compute)
     assert compute.times == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda beside: (beside / "a.json").write_text("other"),
+        lambda beside: (beside / "a.json").unlink(),
+        lambda beside: (beside / "a.json").write_bytes(b""),
+    ],
+    ids=["changed", "missing", "emptied"],
+)
+def test_a_part_is_computed_again_where_what_was_written_with_it_is_not_as_it_was(tmp_path, damage):
+    beside, times = tmp_path / "eval", []
+
+    def compute() -> int:
+        times.append(1)
+        beside.mkdir(exist_ok=True)
+        (beside / "a.json").write_text("its own")
+        return 7
+
+    for _ in range(2):
+        assert remembered(tmp_path / "part.json", compute, beside) == 7
+    assert len(times) == 1
+    (beside / "more.json").write_text("of a later part")
+    remembered(tmp_path / "part.json", compute, beside)
+    assert len(times) == 1
+    damage(beside)
+    assert remembered(tmp_path / "part.json", compute, beside) == 7
+    assert len(times) == 2 and (beside / "a.json").read_text() == "its own"
 
 
 def test_a_part_that_fails_is_not_remembered(tmp_path):
