@@ -20,9 +20,11 @@ A token's activation x is seen through a blend of two scores, alpha moving it fr
 Since x_c . w_i = r ||w_i|| c_i, alpha only decides how much of a token's norm reaches its latents.
 
 This file is the experiment: edit it.  What must be the same for every run stands in lab/: the
-model, the text, the scores, the files.  Whatever an SAE uses belongs to it as a parameter, a buffer
-or a setting of its run: optimiser, average, checkpoint, saving and loading follow by themselves,
-and after training every saved SAE is loaded afresh and must compute what was trained.
+model, the text, the scores, the files.  All that an SAE uses is a parameter or a buffer of it, or
+follows from its run and recipe: optimiser, average, checkpoint, saving and loading follow by
+themselves, every score goes through encode() and decode() below, and after training each saved SAE
+is loaded afresh and must compute what was trained.  A folder belongs to the code that began it:
+what is finished stays as it is, and an edited script wants another folder, or that one deleted.
 
 Shape letters: S seeds, B tokens of a batch, N tokens or words, L positions, D d_in, F d_sae latents
 """
@@ -52,7 +54,7 @@ from lab.process import Clock, Interrupted, Signals, locked, progress_bar, requi
 from lab.saved_sae import save_saes
 from lab.scales import Scale, choose_scale, refuse_bad_numbers
 from lab.seeds import generators, seed_everything, seed_for, set_generators
-from lab.state import Packing, put_back
+from lab.state import check_kept
 from lab.summary import print_summary
 from lab.text import heldout_contexts
 from lab.work import Work, training_identity
@@ -86,6 +88,7 @@ def constant(alpha: float) -> dict:
     return {"schedule": "fixed", "alpha_start": alpha, "alpha_end": alpha}
 
 
+# Every run ends at the scale's target_l0 (36 on a laptop), so that runs compare at one sparsity.
 RUNS: dict[str, Run] = {
     "run_1": Run("the method: alpha 0.1 -> 0.9 linearly, EMA on", readout_alphas=(0.0, 1.0)),
     "run_2": Run("alpha and L0 target paced by measured absorption", schedule="adaptive"),
@@ -340,7 +343,8 @@ class BlendedSAE(torch.nn.Module):
             for seed in seeds
         ]
         W_dec = torch.nn.functional.normalize(torch.stack(rows), dim=-1)
-        S, param, learned = len(rows), torch.nn.Parameter, run.schedule == "learned"
+        self.run, self.recipe, learned = run, recipe, run.schedule == "learned"
+        S, param = len(rows), torch.nn.Parameter
         start = torch.zeros(d_in) if b_dec is None else b_dec.float()
         self.W_dec = param(W_dec)
         self.W_enc = param(W_dec.transpose(1, 2).contiguous())
@@ -352,8 +356,9 @@ class BlendedSAE(torch.nn.Module):
         self.learned = learned
 
     def encode(self, x: torch.Tensor, alphas: list[float], dtype: torch.dtype) -> torch.Tensor:
-        """Latents [S, B, F] of activations x [B, D] in training units, at an alpha for each seed;
-        of a single seed at any number of alphas.  `dtype` is that of the large operations."""
+        """Latents [S, B, F] of activations x [B, D] in training units, with one alpha a seed.  A
+        single seed takes any number A of alphas and gives [A, B, F]: read-outs of one SAE.  `dtype`
+        is that of the large operations."""
         if all(alpha == 1.0 for alpha in alphas):
             alpha = 1.0
         else:
@@ -470,6 +475,7 @@ def next_lambda(
 
     lambda moves by at most a factor e^gain a step, in proportion to how far (in log) L0 is off:
     without this rate limit L0, which falls from a thousand to thirty in 300 steps, overshoots.
+    Of an activation that fixes L0 itself, at or below the target (TopK), lambda falls to its floor.
     """
     error_S = (smoothed_l0_S.clamp_min(1e-3) / l0_target_S).log().clamp(-1, 1)
     return (lambda_S * (gain * error_S).exp()).clamp(1e-6, 1e3)
@@ -512,7 +518,7 @@ def paced_progress(done: float, rate: float, progress: float, elapsed: float) ->
 class Trainer:
     """The SAEs of one layer, all seeds at once, with everything that changes from step to step.
 
-    A checkpoint finds all of it by itself: what could not be put back is refused by name.
+    A checkpoint holds all of it as it stands: what could not be put back is refused by name.
     """
 
     def __init__(
@@ -686,10 +692,8 @@ def train(scale: Scale, trainers: list[Trainer], stream: ActivationStream, keepe
     stop; ExperimentError if a loss is not finite or the text is too short."""
     done = begun_at = trainers[0].steps_done
 
-    def state() -> tuple[dict, dict]:
-        whole = {"units": [trainer.units for trainer in trainers]}
-        packed = Packing(whole | {"trainers": trainers, "generators": generators()}, "training")
-        return packed.tensors, {"step": done, "stream": stream.state(), "packed": packed.json}
+    def state() -> dict:
+        return {"stream": stream.state(), "trainers": trainers, "generators": generators()}
 
     batches = stream.batches([trainer.units for trainer in trainers])
     batches = progress_bar(batches, scale.total_steps, "training step", done)
@@ -706,7 +710,7 @@ def train(scale: Scale, trainers: list[Trainer], stream: ActivationStream, keepe
                 stream.position, done = position, done + 1
                 keeper.note(done, scale.batch_tokens, records)
             if done == begun_at + 1:
-                state()  # refuses now, not in two minutes, what a checkpoint would lose
+                check_kept(state())  # refuse now, not in two minutes
             keeper.look(done, state)
     except Interrupted:
         keeper.checkpoint(done, state)
@@ -725,28 +729,22 @@ def begun(
     lm: LanguageModel,
     first_document: int,
     ranks: Ranks,
-    checkpoint: tuple[dict, dict] | None,
+    checkpoint: dict | None,
 ) -> tuple[list[Trainer], ActivationStream]:
     """The trainer of every layer and the stream that feeds them all with one pass of the language
     model: anew, or as a checkpoint left them."""
-    tensors, held = checkpoint or ({}, {})
-    stream = ActivationStream(scale, lm, ranks, first_document, held.get("stream"))
+    stream = ActivationStream(scale, lm, ranks, first_document, (checkpoint or {}).get("stream"))
     if checkpoint:
-        parts = dict(held["packed"]["dict"])
-        nothing = [Calibration(1.0, torch.zeros(0), 1.0, 1.0, 0.0)] * len(scale.layers)
-        units = put_back(nothing, parts["units"], tensors)
+        trainers = checkpoint["trainers"]
+        set_generators(checkpoint["generators"])
     else:
-        units = stream.calibrations()
-    trainers = [
-        Trainer(scale, recipe, run, layer, own, ranks)
-        for layer, own in zip(scale.layers, units, strict=True)
-    ]
-    if checkpoint:
-        put_back(trainers, parts["trainers"], tensors)
-        set_generators(put_back(None, parts["generators"], tensors))
-    else:
+        trainers = [
+            Trainer(scale, recipe, run, layer, units, ranks)
+            for layer, units in zip(scale.layers, stream.calibrations(), strict=True)
+        ]
         seed_everything("training", scale.name)  # whoever draws without a generator of their own
-    for trainer in trainers:
+    for trainer in trainers:  # what belongs to this execution, not to the training
+        trainer.scale, trainer.ranks, trainer.device = scale, ranks, training_device()
         trainer.online = online_absorption(scale, lm, trainer.layer)
     return trainers, stream
 

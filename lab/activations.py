@@ -174,7 +174,7 @@ class ActivationStream:
         self.scale, self.ranks = scale, ranks
         mine = ranks.lanes(scale.lanes)
         if state:
-            lanes = {i: Lane(**state["lanes"][str(i)]) for i in mine}
+            lanes = {i: Lane(**state["lanes"][i]) for i in mine}
             self.position = Position(state["block"], state["batch"], lanes)
         else:
             self.position = Position(0, 0, {i: Lane(first_document, []) for i in mine})
@@ -201,7 +201,7 @@ class ActivationStream:
         return shuffled_batches(self.scale, blocks, self.ranks, self.position)
 
     def state(self) -> dict:
-        """For JSON; of several processes all must call it."""
+        """What __init__ takes; of several processes all must call it."""
         block, batch, lanes = self.position
         lanes = {i: lane for part in self.ranks.gathered(lanes) for i, lane in part.items()}
         return {"block": block, "batch": batch, "lanes": {i: asdict(lanes[i]) for i in lanes}}

@@ -11,13 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from lab.devices import Ranks
 from lab.metrics import mean_or_none
 from lab.process import ExperimentError, Interrupted, Signals, say
-from lab.storage import file_sha256, json_text, save_tensors
+from lab.state import load_state, save_state
+from lab.storage import file_sha256, json_text
 
 
 class TrainingLog:
@@ -65,40 +64,37 @@ class TrainingLog:
 class Checkpoints:
     """The last two states of training.
 
-    A file's name holds its own checksum; its header holds the numbers of the state, the hash of the
-    configuration, and how much of the training log belongs to it.
+    A file's name holds a checksum of its content and of the training's identity: what is damaged,
+    or another training's, is not even opened.
     """
 
     def __init__(self, folder: Path, identity: dict, writes: bool = True):
         self.folder, self.writes = folder, writes
-        self.identity = hashlib.sha256(json_text(identity).encode()).hexdigest()
+        self.identity = json_text(identity).encode()
 
-    def save(self, step: int, tensors: dict, state: dict, log: TrainingLog) -> None:
+    def save(self, step: int, state: dict, log: TrainingLog) -> None:
         if not self.writes:
             return
-        header = {
-            "identity": self.identity,
-            "log": [log.size, log.digest.hexdigest()],
-            "state": state,
-        }
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / "partial"
-        save_tensors(tensors, partial, metadata={"header": json.dumps(header)})
+        save_state({"step": step, "log": [log.size, log.digest.hexdigest()], **state}, partial)
         for path in (partial, log.path):  # on disk before it can be relied on
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        digest = file_sha256(partial)[:16]
-        partial.replace(self.folder / f"step_{step:08d}_{digest}.safetensors")
+        partial.replace(self.folder / f"step_{step:08d}_{self._checksum(partial)}.pt")
         for old in self.newest_first()[2:]:
             old.unlink()
 
-    def newest_first(self) -> list[Path]:
-        return sorted(self.folder.glob("step_*.safetensors"), reverse=True)
+    def _checksum(self, path: Path) -> str:
+        return hashlib.sha256(self.identity + file_sha256(path).encode()).hexdigest()[:16]
 
-    def newest(self, log: TrainingLog, ranks: Ranks) -> tuple[dict, dict] | None:
+    def newest_first(self) -> list[Path]:
+        return sorted(self.folder.glob("step_*.pt"), reverse=True)
+
+    def newest(self, log: TrainingLog, ranks: Ranks) -> dict | None:
         """What read() gives.  Raises ExperimentError if several processes do not see the same."""
         found = self.read(log)
-        step = found[1]["step"] if found else None
+        step = found["step"] if found else None
         if len(set(ranks.gathered(step))) > 1:
             raise ExperimentError(
                 "the processes do not see the same checkpoint: on several machines set "
@@ -116,15 +112,14 @@ class Checkpoints:
             if path.name != "identity.json":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def read(self, log: TrainingLog) -> tuple[dict, dict] | None:
-        """(tensors, state) of the newest that is whole, the log cut back to it; else None."""
+    def read(self, log: TrainingLog) -> dict | None:
+        """The newest state that is whole, the log cut back to it; else None."""
         for path in self.newest_first():
-            with contextlib.suppress(OSError, SafetensorError, ValueError, LookupError, TypeError):
-                if file_sha256(path)[:16] == path.stem.split("_")[2]:
-                    with safe_open(path, "pt") as file:
-                        header = json.loads(file.metadata()["header"])
-                    if header["identity"] == self.identity and log.take_up(*header["log"]):
-                        return load_file(path), header["state"]
+            with contextlib.suppress(OSError, ValueError, LookupError):
+                if self._checksum(path) == path.stem.split("_")[2]:
+                    state = load_state(path)
+                    if log.take_up(*state["log"]):
+                        return state
             say(f"checkpoint {path.name} is damaged, or not of this run: not used")
         return None
 
@@ -161,7 +156,7 @@ class Keeper:
         self.log([settled(record, speed) for record in self.waiting])
         self.waiting, self.tokens, self.started = [], 0, time.monotonic()
 
-    def look(self, step: int, state: Callable[[], tuple[dict, dict]]) -> None:
+    def look(self, step: int, state: Callable[[], dict]) -> None:
         """After a step: a checkpoint where one is due; raises Interrupted where a signal came."""
         if self.ranks.world > 1 and step % self.flush_every:
             return  # several processes agree only now and then
@@ -173,10 +168,10 @@ class Keeper:
         if due:
             self.checkpoint(step, state)
 
-    def checkpoint(self, step: int, state: Callable[[], tuple[dict, dict]]) -> None:
+    def checkpoint(self, step: int, state: Callable[[], dict]) -> None:
         with self.signals.kept():
             self.flush()
-            self.checkpoints.save(step, *state(), self.log)
+            self.checkpoints.save(step, state(), self.log)
             self.last = time.monotonic()
 
 

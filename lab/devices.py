@@ -45,8 +45,6 @@ def device_kind() -> str:
 class Ranks:
     """The processes that train together under torchrun; for a single one all of it is a no-op."""
 
-    rebuilt = True  # no state of training: a checkpoint need not hold it
-
     def __init__(self):
         self.rank = int(os.environ.get("RANK", "0"))
         self.world = int(os.environ.get("WORLD_SIZE", "1"))

@@ -50,8 +50,6 @@ class OnlineAbsorption:
     whose firing has the best F1 for it (SAE-Bench trains 260 probes to choose: too slow here).
     """
 
-    rebuilt = True  # no state of training: a checkpoint need not hold it
-
     def __init__(self, probe: dict[str, torch.Tensor], n_words: int, min_f1: float = 0.6):
         """`probe`: weight [26, D], bias [26], f1 [26], X [N, D] residuals, y [N] letters."""
         good = (probe["f1"] > min_f1)[probe["y"]]

@@ -22,11 +22,10 @@ def seed_everything(*names: object) -> None:
 
 
 def generators() -> dict[str, Any]:
-    """Where the global generators stand: None, numbers, strings, tuples and tensors."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    """Where the global generators stand."""
     return {
         "random": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "numpy": np.random.get_state(),  # noqa: NPY002
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
@@ -35,8 +34,7 @@ def generators() -> dict[str, Any]:
 def set_generators(state: dict[str, Any]) -> None:
     """Put the global generators where generators() found them."""
     random.setstate(state["random"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -44,14 +44,23 @@ def write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def save_tensors(
-    tensors: dict[str, torch.Tensor], path: Path, metadata: dict | None = None
-) -> None:
-    """safetensors' save_file(), whose errors do not say which file it was."""
+@contextlib.contextmanager
+def disk_errors_named(path: Path) -> Iterator[None]:
+    """Errors of torch.save and safetensors as an OSError that says which file it was."""
     try:
-        save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(errno.EIO, str(error), str(path)) from error
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        known = isinstance(error, SafetensorError)
+        reason = str(error) if known else "the file could not be written"
+        raise OSError(errno.EIO, reason, str(path)) from error
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """safetensors' save_file(), whose errors do not say which file it was."""
+    with disk_errors_named(path):
+        save_file(tensors, path)
 
 
 def remembered(path: Path, compute: Callable[[], object], beside: Path | None = None) -> object:
