@@ -4,12 +4,13 @@ import json
 import math
 import os
 import shutil
+import sys
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from tiny import stop_me
 
 from lab.checkpoints import Checkpoints, Keeper, TrainingLog, settled
@@ -84,20 +85,19 @@ def saved(folder: Path, steps: tuple[int, ...] = (10, 20, 30)) -> tuple[Checkpoi
     log = TrainingLog(folder / "log", "run_1", {})
     for step in steps:
         log([{"layer": 1, "step": step}])
-        state = {"step": step, "best": [math.inf, 0.1], "lanes": {3: {"pending": [5, 6]}}}
-        checkpoints.save(step, {"x": torch.full((4,), float(step))}, state, log)
+        state = {"x": torch.full((4,), float(step)), "best": [math.inf, 0.1], "lanes": {3: [5, 6]}}
+        checkpoints.save(step, state, log)
     return checkpoints, log
 
 
 def read(folder: Path, identity: dict = IDENTITY) -> tuple[int | None, list[int]]:
     """(step of the checkpoint a new process goes on from, steps of its log)."""
     log = TrainingLog(folder / "log", "run_1", {})
-    found = Checkpoints(folder / "checkpoint", identity).read(log)
-    if found is None:
+    state = Checkpoints(folder / "checkpoint", identity).read(log)
+    if state is None:
         return None, [r["step"] for r in log.records]
-    tensors, state = found
-    assert tensors["x"].tolist() == [float(state["step"])] * 4
-    assert state["best"] == [math.inf, 0.1] and state["lanes"] == {"3": {"pending": [5, 6]}}
+    assert state["x"].tolist() == [float(state["step"])] * 4
+    assert state["best"] == [math.inf, 0.1] and state["lanes"] == {3: [5, 6]}
     assert (folder / "log").read_text().splitlines() == [json.dumps(r) for r in log.records]
     return state["step"], [r["step"] for r in log.records]
 
@@ -126,10 +126,11 @@ DAMAGES = {
     "a bit of the header": lambda path: flip(path, 20),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     "empty": lambda path: path.write_bytes(b""),
-    "another file under its name": lambda path: save_file({"x": torch.zeros(4)}, path),
-    "a name without a checksum": lambda path: path.rename(
-        path.with_name("step_00000030.safetensors")
+    "another file under its name": lambda path: torch.save({"x": torch.zeros(4)}, path),
+    "the one before under its name": lambda path: path.write_bytes(
+        sorted(path.parent.glob("step_*"))[0].read_bytes()
     ),
+    "a name without a checksum": lambda path: path.rename(path.with_name("step_00000030.pt")),
 }
 
 
@@ -143,6 +144,39 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, d
     for path in checkpoints.newest_first():
         path.write_bytes(b"")
     assert read(tmp_path)[0] is None
+
+
+def test_a_damaged_checkpoint_is_not_even_opened(tmp_path, monkeypatch):
+    """Reading one can execute code."""
+    checkpoints, _ = saved(tmp_path)
+    monkeypatch.setattr("lab.checkpoints.load_state", lambda path: pytest.fail("it was opened"))
+    for path in checkpoints.newest_first():
+        flip(path)
+    assert read(tmp_path) == (None, [])
+    assert read(tmp_path, IDENTITY | {"run_name": "run_2"}) == (None, [])
+
+
+class OfThen:
+    """Something in a checkpoint whose class is no longer found where it was."""
+
+
+@pytest.mark.parametrize("gone", ["class", "module"])
+def test_a_checkpoint_that_cannot_be_read_is_named_and_the_one_before_it_is_used(
+    gone, tmp_path, monkeypatch, capsys
+):
+    """Of the same identity and whole: written when the script had another name, say."""
+    checkpoints, log = saved(tmp_path)
+    module = types.ModuleType("module_of_then")
+    monkeypatch.setitem(sys.modules, "module_of_then", module)
+    module.OfThen = OfThen
+    monkeypatch.setattr(OfThen, "__module__", "module_of_then")
+    checkpoints.save(40, {"x": OfThen()}, log)
+    if gone == "class":
+        del module.OfThen
+    else:
+        monkeypatch.delitem(sys.modules, "module_of_then")
+    assert read(tmp_path) == (30, [10, 20, 30])
+    assert "checkpoint step_00000040" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path, capsys):
@@ -172,15 +206,15 @@ def test_a_write_that_was_killed_is_no_checkpoint(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", killed)
         with pytest.raises(KeyboardInterrupt):
-            checkpoints.save(40, {"x": torch.zeros(4)}, {}, log)
+            checkpoints.save(40, {"x": torch.zeros(4)}, log)
     assert read(tmp_path) == (30, [10, 20, 30])
-    checkpoints.save(50, {"x": torch.zeros(4)}, {}, log)
+    checkpoints.save(50, {"x": torch.zeros(4)}, log)
     assert len(list((tmp_path / "checkpoint").iterdir())) == 2, "its leftover is gone"
 
 
 def test_a_process_that_does_not_write_saves_nothing(tmp_path):
     log = TrainingLog(tmp_path / "log", "run_1", {}, writes=False)
-    Checkpoints(tmp_path / "checkpoint", IDENTITY, writes=False).save(1, {}, {}, log)
+    Checkpoints(tmp_path / "checkpoint", IDENTITY, writes=False).save(1, {}, log)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -201,8 +235,7 @@ def test_a_log_whose_folder_was_emptied_meanwhile_is_written_again_whole(tmp_pat
 def test_going_on_is_said_with_the_step(tmp_path, capsys):
     checkpoints, _ = saved(tmp_path)
     log = TrainingLog(tmp_path / "log", "run_1", {})
-    _, state = checkpoints.newest(log, Ranks())
-    assert state["step"] == 30
+    assert checkpoints.newest(log, Ranks())["step"] == 30
     assert capsys.readouterr().out == "going on from the checkpoint of step 30\n"
 
 
@@ -270,7 +303,7 @@ def keeper(tmp_path, signals, monkeypatch):
 
 
 def state_at(step: int):
-    return lambda: ({"x": torch.full((4,), float(step))}, {"step": step})
+    return lambda: {"x": torch.full((4,), float(step))}
 
 
 def test_records_are_written_every_tenth_step_and_in_order(keeper):
@@ -299,8 +332,8 @@ def test_a_checkpoint_is_written_when_it_is_due_with_the_records_up_to_it(keeper
     assert len(keeper.checkpoints.newest_first()) == 1, "a minute after the last one, not before"
     keeper.clock.now += 1
     keeper.look(5, state_at(5))
-    tensors, state = keeper.checkpoints.read(TrainingLog(tmp_path / "log", "run_1", {}))
-    assert state == {"step": 5} and tensors["x"].tolist() == [5.0] * 4
+    state = keeper.checkpoints.read(TrainingLog(tmp_path / "log", "run_1", {}))
+    assert state["step"] == 5 and state["x"].tolist() == [5.0] * 4
 
 
 def test_a_signal_is_looked_for_after_a_step_and_waits_for_a_checkpoint_to_be_whole(keeper):
@@ -360,7 +393,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_layer_seed_and_values(keeper,
         keeper.flush()
     assert all(f"{name}=" in str(error.value) for name in ("mse", "l1", "lambda", "grad_norm"))
     log = TrainingLog(tmp_path / "log", "run_1", {})
-    assert keeper.checkpoints.read(log)[1]["step"] == 1, "the last good one is kept"
+    assert keeper.checkpoints.read(log)["step"] == 1, "the last good one is kept"
     assert [r["step"] for r in log.records] == [0]
 
 
