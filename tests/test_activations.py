@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import IN_LANES, ReadingModel, fresh, in_pairs
 
+import lab.storage
 from lab.activations import (
     Block,
     Calibration,
@@ -148,6 +149,31 @@ def test_kept_activations_are_read_back_in_place_of_the_language_model(
     assert lm.passes == passes + 2 * 2, "other batches round differently"
     rows(SCALE)
     assert lm.passes == passes + 2 * 2 + 2 * 3, "nothing is kept unless it is asked for"
+
+
+def test_kept_activations_of_other_code_or_under_a_key_that_lost_a_value_are_not_read(
+    documents, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("COSINE_SAE_CACHE", str(tmp_path))
+    lm, keeps = ReadingModel(), replace(SCALE, keep_activations=True)
+    text = list(itertools.islice(text_blocks(SCALE, lm, fresh((0, 1, 2, 3))), 1))
+    asked, found = [], lab.storage.code_behind
+
+    def code_behind(module: str) -> str:
+        asked.append(module)
+        return found(module)
+
+    monkeypatch.setattr(lab.storage, "code_behind", code_behind)
+    list(residual_blocks(keeps, lm, text))
+    list(residual_blocks(keeps, lm, text))
+    assert lm.passes == 3
+    assert set(asked) == {"lab.activations"}, "the room that makes them"
+    monkeypatch.setattr(lab.storage, "code_behind", lambda module: "edited")
+    list(residual_blocks(keeps, lm, text))
+    assert lm.passes == 2 * 3
+    lm.identity = {"model": "reader", "tokens": "of its own"}
+    with pytest.raises(ValueError, match="tokens"):
+        list(residual_blocks(keeps, lm, text))
 
 
 # ── Shuffled batches ────────────────────────────────────────────────────────────────────────────

@@ -9,6 +9,8 @@ import pytest
 import tiny
 import torch
 
+import lab.language_model
+from lab.devices import device_kind
 from lab.language_model import LanguageModel
 from lab.process import ExperimentError, quiet_transformers
 from lab.storage import file_sha256
@@ -471,13 +473,16 @@ def test_what_is_odd_about_gemma_is_really_in_effect(gemma, tmp_path, changes):
 # ── What cached activations depend on ───────────────────────────────────────────────────────────
 
 
-def test_the_identity_of_a_model_names_its_weights_its_tokenizer_and_its_dtype(
-    tiny_model, tmp_path
-):
+def test_the_identity_of_a_model_names_its_weights_tokenizer_dtype_and_device(tiny_model, tmp_path):
     before = load(tiny_model, (1,)).identity
+    assert before["device"] == device_kind()
     assert before["files"] == {"model.safetensors": file_sha256(tiny_model / "model.safetensors")}
     assert load(tiny_model, (0, 2)).identity == before, "layers are named where they matter"
     assert load(tiny_model, (1,), torch.bfloat16).identity != before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lab.language_model, "device_kind", lambda: "cpu of another kind")
+        elsewhere = load(tiny_model, (1,)).identity
+    assert {name for name in before if elsewhere[name] != before[name]} == {"device"}
     folder = shutil.copytree(tiny_model, tmp_path / "changed")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]

@@ -1,5 +1,7 @@
 """What a process says, what several share, and what a signal does to it."""
 
+import errno
+import importlib.util
 import io
 import itertools
 import signal
@@ -12,7 +14,8 @@ import torch
 from tiny import stop_me
 
 from lab.devices import Ranks
-from lab.process import ExperimentError, Interrupted, Signals, progress_bar
+from lab.process import ExperimentError, Interrupted, Signals, progress_bar, told
+from lab.storage import remembered, save_tensors
 
 # ── Progress ────────────────────────────────────────────────────────────────────────────────────
 
@@ -119,3 +122,121 @@ def test_a_thread_that_is_not_the_main_one_leaves_the_handlers_alone():
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+# ── How a run ends ──────────────────────────────────────────────────────────────────────────────
+
+SCRIPT = """
+def work(call, *arguments):
+    call(*arguments)  # a line of the experiment's own
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """An experiment.py that does what it is asked to."""
+    path = tmp_path / "experiment.py"
+    path.write_text(SCRIPT)
+    spec = importlib.util.spec_from_file_location("experiment_of_this_test", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def raised(error: BaseException) -> None:
+    """What a library does: its file is neither the experiment's nor the laboratory's."""
+    raise error.with_traceback(None)  # less that of another raise
+
+
+def caught(script, error: BaseException, in_the_laboratory: bool, tmp_path) -> BaseException:
+    """An error as it arrives at main()."""
+    try:
+        if in_the_laboratory:
+            script.work(remembered, tmp_path / "part.json", lambda: raised(error))
+        else:
+            script.work(raised, error)
+    except BaseException as found:
+        return found
+    raise AssertionError("nothing was raised")
+
+
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device", "run_7/x")
+TORCH_SAVE = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+NO_MEMORY = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (NO_SPACE, "error: No space left on device at run_7/x: free space or fix the folder"),
+        (TORCH_SAVE, "error: a file could not be written: free space"),
+        (FileNotFoundError(2, "No such file", "x.pt"), "error: No such file at x.pt: free space"),
+        (ConnectionError("gone\nfor long"), "error: gone: check the network, then run the same"),
+        (ConnectionResetError(104, "reset"), "error: reset: check the network"),
+        (TimeoutError(), "error: TimeoutError: check the network"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_an_error_of_disk_or_network_is_one_sentence_in_the_laboratory_and_raised_in_the_experiment(
+    script, tmp_path, capsys, error, said
+):
+    assert told(caught(script, error, True, tmp_path), script.__file__) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith(said) and len(err.splitlines()) == 1 and not out
+    assert "run the same command again" in err
+    own = caught(script, error, False, tmp_path)
+    with pytest.raises(type(error)) as found:
+        told(own, script.__file__)
+    assert found.value is error, "with its traceback"
+    assert capsys.readouterr() == ("", ""), "and without advice"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), NO_MEMORY, torch.OutOfMemoryError("CUDA")])
+def test_memory_that_is_full_is_said_and_the_experiments_own_line_with_it(
+    script, tmp_path, capsys, error
+):
+    assert told(caught(script, error, True, tmp_path), script.__file__) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "memory is full: free " in line and "run the same command again" in line
+    assert told(caught(script, error, False, tmp_path), script.__file__) == 1
+    *traceback, last = capsys.readouterr().err.splitlines()
+    assert last == line
+    assert any("# a line of the experiment's own" in shown for shown in traceback)
+
+
+@pytest.mark.parametrize("in_the_laboratory", [True, False])
+@pytest.mark.parametrize("error", [KeyError("seed"), RuntimeError("sizes do not match")])
+def test_an_error_that_nobody_foresaw_keeps_its_traceback(
+    script, tmp_path, capsys, error, in_the_laboratory
+):
+    found = caught(script, error, in_the_laboratory, tmp_path)
+    with pytest.raises(type(error)) as again:
+        told(found, script.__file__)
+    assert again.value is error
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("in_the_laboratory", [True, False])
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (ExperimentError("mend this"), 1, "error: mend this"),
+        (Interrupted(signal.SIGTERM), 75, "error: stopped by SIGTERM: run the same command again"),
+        (Interrupted(signal.SIGINT), 130, "error: stopped by SIGINT: run the same command again"),
+    ],
+)
+def test_what_can_be_mended_and_a_signal_are_one_sentence_wherever_they_are_raised(
+    script, tmp_path, capsys, error, status, said, in_the_laboratory
+):
+    assert told(caught(script, error, in_the_laboratory, tmp_path), script.__file__) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
+
+
+def test_an_error_of_a_file_of_tensors_names_the_file(script, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "weights.safetensors"
+    with pytest.raises(OSError) as error:
+        script.work(save_tensors, {"w": torch.ones(2)}, path)
+    assert told(error.value, script.__file__) == 1
+    assert str(path) in capsys.readouterr().err
