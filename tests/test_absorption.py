@@ -18,13 +18,13 @@ def test_absorption_really_runs_on_at_least_20_letters(evaluated):
 
 
 def test_absorption_would_score_latents_in_training_units_differently(evaluated, trained, tmp_path):
-    """Why the activation scale is folded away on export (pitfalls, 3.1 A)."""
+    """Why a saved SAE converts its latents to residual-stream units (pitfalls, 3.1 A)."""
     folder = next(iter(trained.saved.values()))
     unfolded = tmp_path / "unfolded"
     shutil.copytree(folder, unfolded)
     weights, scale = load_file(folder / "sae_weights.safetensors"), trained.trainer.units.scale
     for parameter in ("gate", "b_enc"):  # what every latent is proportional to
-        weights[parameter] = weights[parameter] * scale
+        weights[f"trained.{parameter}"] *= scale
     save_file(weights, unfolded / "sae_weights.safetensors")
     (found,) = evaluate_absorption(
         trained.scale, trained.lm, 1, {"unfolded": unfolded}, tmp_path / "eval"

@@ -1,6 +1,8 @@
 """An evaluation that is stopped goes on after its finished parts; what is missing says why."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ import tiny
 import experiment
 import lab.evaluation
 from lab.fidelity import HeldOut
-from lab.process import Clock, Interrupted
+from lab.process import Clock, ExperimentError, Interrupted
 from lab.scales import SCALES
 
 # ── Stopped and gone on ─────────────────────────────────────────────────────────────────────────
@@ -34,7 +36,9 @@ def parts(evaluated, monkeypatch) -> SimpleNamespace:
     """The two halves of SAE-Bench, with the answers that it gave."""
     probing, absorption = zip(*evaluated.scores, strict=True)
     found = SimpleNamespace(
-        probing=Stub(lambda *_: {(1, None): list(probing), (1, 1.0): list(probing)[::-1]}),
+        probing=Stub(
+            lambda *a: {(1, None): list(probing)} | {(1, x): list(probing)[::-1] for x in a[-1]}
+        ),
         absorption=Stub(lambda *_: list(absorption)),
         fidelity=Stub(HeldOut),
     )
@@ -44,10 +48,12 @@ def parts(evaluated, monkeypatch) -> SimpleNamespace:
     return found
 
 
-def evaluate(trained, folder: Path, saved: dict[str, Path]) -> dict:
+def evaluate(
+    trained, work: Path, saved: dict[str, Path] | None = None, alphas=(1.0,), **changes
+) -> tuple[dict, Path]:
     return lab.evaluation.evaluate(
-        trained.scale, (1.0,), trained.lm, {1: trained.trainer.units}, {1: saved}, trained.heldout,
-        trained.records, folder / "checkpoint" / "evaluated", Clock(),
+        replace(trained.scale, **changes), alphas, trained.lm, {1: trained.trainer.units},
+        {1: saved or trained.saved}, trained.heldout, trained.records, work, Clock(),
     )  # fmt: skip
 
 
@@ -58,28 +64,64 @@ def calls(parts) -> list[int]:
 def test_an_evaluation_that_is_stopped_goes_on_after_the_parts_that_are_finished(
     trained, parts, tmp_path
 ):
-    whole = evaluate(trained, tmp_path / "whole", trained.saved)
+    whole, _ = evaluate(trained, tmp_path / "whole")
     assert list(whole) == ["tiny layer 1", "tiny layer 1, read out with alpha = 1"]
     assert calls(parts) == [1, 1, 1]
     for stopped in (parts.fidelity, parts.probing, parts.absorption):
         stopped.stopped = True
         with pytest.raises(Interrupted):
-            evaluate(trained, tmp_path / "stopped", trained.saved)
+            evaluate(trained, tmp_path / "stopped")
         stopped.stopped = False
     assert calls(parts) == [3, 3, 2], "each that came to its end was done once more, and only once"
-    assert evaluate(trained, tmp_path / "stopped", trained.saved) == whole
+    assert evaluate(trained, tmp_path / "stopped")[0] == whole
     assert calls(parts) == [3, 3, 3]
-    assert evaluate(trained, tmp_path / "stopped", trained.saved) == whole
+    assert evaluate(trained, tmp_path / "stopped")[0] == whole
     assert calls(parts) == [3, 3, 3]
     values = whole["tiny layer 1"]["final_info_dict"]
     assert 0 < values["fvu"][0] < 2 and len(set(values["fvu"])) == 2
 
 
-def test_finished_parts_of_other_weights_are_not_taken_up(trained, parts, tmp_path):
-    evaluate(trained, tmp_path, trained.saved)
-    changed = {name[:-1] + "x": path for name, path in trained.saved.items()}
-    evaluate(trained, tmp_path, changed)
-    assert calls(parts) == [2, 2, 2]
+def test_finished_parts_of_other_weights_settings_or_code_are_not_taken_up(
+    trained, parts, tmp_path, monkeypatch
+):
+    _, folder = evaluate(trained, tmp_path)
+    folders, n = {folder}, 1
+    other_weights = {name[:-1] + "x": path for name, path in trained.saved.items()}
+    for change in (
+        {"saved": other_weights},
+        {"alphas": (0.0, 1.0)},
+        {"k_values": (1,)},
+        {"heldout_contexts": 32},
+    ):
+        folders.add(evaluate(trained, tmp_path, **change)[1])
+        n += 1
+        assert calls(parts) == [n, n, n], change
+    monkeypatch.setattr(lab.evaluation, "code_behind", lambda module: "of other code")
+    folders.add(evaluate(trained, tmp_path)[1])
+    assert calls(parts) == [n + 1] * 3
+    assert len(folders) == n + 1, "and SAE-Bench's files lie apart"
+
+
+# ── Saved SAEs are what was trained ─────────────────────────────────────────────────────────────
+
+
+def test_saes_that_compute_what_was_trained_are_evaluated(trained, capsys):
+    trainer = trained.trainer
+    lab.evaluation.check_all(
+        trained.scale, trained.lm, [trainer], {1: trained.saved}, trained.heldout
+    )
+    assert "every saved SAE, loaded afresh, computes what was trained" in capsys.readouterr().out
+
+
+def test_one_saved_sae_with_other_weights_stops_the_evaluation_and_is_named(trained, tmp_path):
+    """Those of the moment, where the average was trained to be evaluated."""
+    saved = {name: shutil.copytree(p, tmp_path / p.name) for name, p in trained.saved.items()}
+    last = list(saved.values())[-1]
+    shutil.copyfile(last / "raw.safetensors", last / "sae_weights.safetensors")
+    with pytest.raises(ExperimentError, match=f"{last.name} does not compute what was trained"):
+        lab.evaluation.check_all(
+            trained.scale, trained.lm, [trained.trainer], {1: saved}, trained.heldout
+        )
 
 
 # ── Whole runs ──────────────────────────────────────────────────────────────────────────────────
@@ -93,6 +135,7 @@ def test_a_model_that_knows_too_few_letters_gives_null_with_a_reason_and_the_run
     monkeypatch.setenv("COSINE_SAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("EXPERIMENT_SCALE", "tiny")
     monkeypatch.setitem(SCALES, "tiny", scale)
+    monkeypatch.setitem(experiment.RECIPES, "tiny", tiny.RECIPE)
     with tiny.signals():
         status = experiment.main([f"--out_dir={tmp_path / 'run_7'}"])
     out, err = capfd.readouterr()
