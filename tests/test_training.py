@@ -4,6 +4,7 @@ import contextlib
 import json
 import random
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
 from tiny import RECIPE, stop_me
 
 import experiment
@@ -25,8 +25,7 @@ from lab.online_absorption import OnlineAbsorption
 from lab.process import ExperimentError, Interrupted, Signals
 from lab.saved_sae import of_one_seed
 from lab.scales import Scale
-from lab.seeds import generators
-from lab.state import Packing, put_back
+from lab.state import load_state, save_state
 
 # ── A trainer ───────────────────────────────────────────────────────────────────────────────────
 
@@ -70,26 +69,55 @@ def steps(trainer: Trainer, first: int, last: int) -> list[dict]:
     return [settled(trainer.step(x), 0) for x in batches()[first:last]]
 
 
-def state_of(trainer: Trainer) -> tuple[dict, dict]:
-    """What a checkpoint holds of it: (copies of the tensors, numbers)."""
-    packed = Packing(trainer, "trainer")
-    copies = {name: tensor.clone() for name, tensor in packed.tensors.items()}
-    return copies, json.loads(json.dumps(packed.json))
+def numbers_of(value: object, path: str, seen: dict[int, object]) -> dict[str, object]:
+    """{where: number, text or copy of a tensor} of an object and of all that hangs on it."""
+    if isinstance(value, torch.Tensor):
+        return {path: value.detach().clone()}
+    if isinstance(value, torch.Generator):
+        return {path: value.get_state()}
+    if id(value) in seen or isinstance(value, torch.device | torch.dtype | type):
+        return {}
+    if isinstance(value, dict):
+        children = list(value.items())
+    elif isinstance(value, list | tuple):
+        children = list(enumerate(value))
+    elif isinstance(value, torch.optim.Optimizer):
+        children = list(value.state_dict().items())
+    elif hasattr(value, "__dict__"):
+        children = list(vars(value).items())
+    else:
+        return {path: repr(value)}
+    seen[id(value)] = value
+    found = {f"{path}/type": type(value).__name__}
+    for name, child in children:
+        found |= numbers_of(child, f"{path}/{name}", seen)
+    return found
 
 
-def through_a_file(state: tuple[dict, dict], folder: Path) -> tuple[dict, dict]:
-    tensors, numbers = state
-    save_file(tensors, folder / "state")
-    return load_file(folder / "state"), json.loads(json.dumps(numbers))
+def state_of(*trainers: Trainer) -> dict[str, object]:
+    """All numbers that may decide what trainers do next; the probe and processes are not theirs."""
+    held = {}
+    for trainer in trainers:
+        own = {name: v for name, v in vars(trainer).items() if name not in ("online", "ranks")}
+        held |= numbers_of(own, f"layer_{trainer.layer}", {})
+    return held
 
 
-def assert_same_state(found: tuple[dict, dict], expected: tuple[dict, dict]) -> None:
-    assert json.dumps(found[1]) == json.dumps(expected[1]), "also where something is no number"
-    assert found[0].keys() == expected[0].keys()
-    for name, tensor in expected[0].items():
-        assert found[0][name].dtype == tensor.dtype, name
-        # L0 is not a number before it is measured.
-        assert torch.equal(found[0][name].nan_to_num(), tensor.nan_to_num()), name
+def assert_same_state(found: dict[str, object], expected: dict[str, object]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert found[name].dtype == value.dtype, name
+            # L0 is not a number before it is measured.
+            assert torch.equal(found[name].nan_to_num(), value.nan_to_num()), name
+        else:
+            assert found[name] == value, name
+
+
+def through_a_file(trainer: Trainer, folder: Path) -> Trainer:
+    save_state({"trainers": [trainer]}, folder / "state")
+    (found,) = load_state(folder / "state")["trainers"]
+    return found
 
 
 @pytest.mark.parametrize("stopped_after", [0, 1, 7])
@@ -98,23 +126,17 @@ def test_a_trainer_goes_on_to_the_bit_as_if_it_had_never_stopped(name, stopped_a
     never_stopped, stopped = fresh_trainer(name), fresh_trainer(name)
     steps(never_stopped, 0, stopped_after)
     steps(stopped, 0, stopped_after)
-    tensors, numbers = state = through_a_file(state_of(stopped), tmp_path)
-    # Whatever the new one starts from, it is the old one that goes on.
-    restored = Trainer(SCALE, OURS, experiment.RUNS[name], 12, calibrate(batches()[0]), Ranks())
-    assert put_back(restored, numbers, tensors) is restored
-    restored.online = online_absorption()
+    state = state_of(stopped)
+    restored = through_a_file(stopped, tmp_path)
     assert restored.steps_done == stopped_after
     assert_same_state(state_of(restored), state)
     expected = steps(never_stopped, stopped_after, stopped_after + 3)
     assert steps(restored, stopped_after, stopped_after + 3) == expected
     assert_same_state(state_of(restored), state_of(never_stopped))
-    for attribute, value in vars(never_stopped).items():  # also those that a state might forget
-        found = getattr(restored, attribute)
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(found.nan_to_num(), value.nan_to_num()), attribute
-        elif isinstance(value, int | list):
-            assert found == value, attribute
-    assert restored.units.scale == never_stopped.units.scale
+    assert_same_state(state_of(stopped), state)  # it was not moved by being written
+    own = [p for group in restored.optimizer.param_groups for p in group["params"]]
+    theirs = [p for p in restored.sae.parameters() if p.requires_grad]
+    assert all(a is b for a, b in zip(own, theirs, strict=True))
     with restored.averaged(), never_stopped.averaged():
         for seed in range(2):
             own, theirs = (of_one_seed(t.sae, seed, 2) for t in (restored, never_stopped))
@@ -124,49 +146,55 @@ def test_a_trainer_goes_on_to_the_bit_as_if_it_had_never_stopped(name, stopped_a
 def test_the_state_of_a_trainer_is_not_at_rest_anywhere():
     """Else the test above would say nothing about some part of it."""
     trainer = fresh_trainer("run_2")
-    before, numbers = state_of(trainer)
+    before = state_of(trainer)
     steps(trainer, 0, 10)
-    tensors, after = state_of(trainer)
-    same = {
-        name
-        for name, t in before.items()
-        if torch.equal(t.nan_to_num(), tensors[name].nan_to_num())
-    }
-    same.discard("trainer.l0_ratio_S")  # 1 while the average lags behind the weights
-    learned = {"trainer.sae.log_k", "trainer.sae.exponent"}
-    learned |= {f"trainer.average.average.{i}" for i in (5, 6)}
-    assert same == {"trainer.units.1"} | learned, "the units, and what run_10 alone learns"
-    assert len(tensors) - len(before) == 3 * 5, "two moments and the step of every weight"
-    attributes = dict(numbers["object"]["dict"]), dict(after["object"]["dict"])
-    changed = {name for name in attributes[0] if attributes[0][name] != attributes[1][name]}
-    assert changed == {"optimizer", "paced", "rate", "best_absorption", "steps_done"}
+    after = state_of(trainer)
+
+    def moved(name: str) -> bool:
+        a, b = before[name], after[name]
+        if isinstance(a, torch.Tensor):
+            return not torch.equal(a.nan_to_num(), b.nan_to_num())
+        return a != b
+
+    tensors = {name for name, value in before.items() if isinstance(value, torch.Tensor)}
+    at_rest = {name.removeprefix("layer_12/") for name in tensors if not moved(name)}
+    at_rest.discard("l0_ratio_S")  # 1 while the average lags behind the weights
+    learned = {"sae/_parameters/log_k", "sae/_parameters/exponent"}
+    learned |= {f"average/{kind}/{i}" for kind in ("average", "parameters") for i in (5, 6)}
+    assert at_rest == {"units/1"} | learned, "the units, and what run_10 alone learns"
+    new = {n.removeprefix("layer_12/optimizer/") for n in after.keys() - before.keys()}
+    moments = ("step", "exp_avg", "exp_avg_sq", "type")
+    expected = {f"state/{i}/{what}" for i in range(5) for what in moments}
+    assert new == expected | {"param_groups/0/initial_lr"}
+    numbers = {name.split("/")[1] for name in before.keys() - tensors if moved(name)}
+    assert numbers == {"paced", "rate", "best_absorption", "steps_done"}
+
+
+class Schedule:
+    def __init__(self):
+        self.calls, self.norms = 0, []
 
 
 def test_an_attribute_that_an_experimenter_adds_is_kept_without_a_word_of_theirs(tmp_path):
     """Of the trainer, of its SAE, and of an object that hangs on either."""
-
-    class Schedule:
-        def __init__(self):
-            self.calls, self.norms = 0, []
 
     def more(trainer: Trainer) -> Trainer:
         trainer.skipped, trainer.sae.schedule = 0, Schedule()
         trainer.sae.register_buffer("mean", torch.zeros(2, D_IN), persistent=False)
         return trainer
 
-    stopped, restored = more(fresh_trainer("run_1")), more(fresh_trainer("run_1"))
+    stopped = more(fresh_trainer("run_1"))
     steps(stopped, 0, 2)
     stopped.skipped = 3
     stopped.sae.schedule.calls, stopped.sae.schedule.norms = 5, [torch.ones(2), 0.5]
     stopped.sae.mean += 7
-    tensors, numbers = through_a_file(state_of(stopped), tmp_path)
-    put_back(restored, numbers, tensors)
+    restored = through_a_file(stopped, tmp_path)
     assert (restored.skipped, restored.sae.schedule.calls) == (3, 5)
     assert restored.sae.schedule.norms[0].tolist() == [1, 1]
     assert (restored.sae.mean == 7).all()
-    stopped.sae.source = random.Random(0)
-    with pytest.raises(ExperimentError, match=r"would lose trainer\.sae\.source, a random\.Random"):
-        state_of(stopped)
+    stopped.sae.source = threading.Lock()
+    with pytest.raises(ExperimentError, match=r"would lose training\.trainers\.0\.sae\.source, of"):
+        through_a_file(stopped, tmp_path)
 
 
 # ── A training ──────────────────────────────────────────────────────────────────────────────────
@@ -213,7 +241,7 @@ class Execution:
         self.checkpoints = Checkpoints(folder / "checkpoint", {"run": name})
         checkpoint = self.checkpoints.read(self.log)
         lm = lm or Reader()
-        self.begun_at = checkpoint[1]["step"] if checkpoint else None
+        self.begun_at = checkpoint["step"] if checkpoint else None
         run = experiment.RUNS[name]
         parts = experiment.begun(scale, OURS, run, lm, 5, Ranks(), checkpoint)
         self.trainers, self.stream = parts
@@ -224,24 +252,16 @@ class Execution:
         experiment.train(self.scale, self.trainers, self.stream, keeper)
         return self
 
-    def result(self) -> tuple[list[dict], tuple[dict, dict]]:
+    def result(self) -> tuple[list[dict], dict[str, object]]:
         """The log less the speed, and everything that is known at the end."""
         lines = self.log.path.read_text().splitlines()
         records = [json.loads(line) for line in lines]
         assert self.log.records == records
         slow = [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in records]
-        tensors, state = self.checkpoints.read(self.log)
-        assert_same_state(
-            state_of_all(self.trainers, generators()), (tensors, {"all": state.pop("packed")})
-        )
-        return slow, (tensors, state)
-
-
-def state_of_all(trainers: list[Trainer], drawn: dict) -> tuple[dict, dict]:
-    """As experiment.train() packs it."""
-    whole = {"units": [trainer.units for trainer in trainers]}
-    packed = Packing(whole | {"trainers": trainers, "generators": drawn}, "training")
-    return packed.tensors, json.loads(json.dumps({"all": packed.json}))
+        state = self.checkpoints.read(self.log)
+        held = state_of(*state["trainers"])
+        assert_same_state(state_of(*self.trainers), held)
+        return slow, held | numbers_of(state["generators"], "generators", {})
 
 
 def assert_same_result(found: Execution, expected: Execution) -> None:
@@ -351,15 +371,13 @@ def test_a_signal_during_the_last_checkpoint_is_not_lost(text, tmp_path, signals
 
 
 def read_steps(execution: Execution) -> int:
-    return execution.checkpoints.read(execution.log)[1]["step"]
+    return execution.checkpoints.read(execution.log)["step"]
 
 
 def test_what_a_checkpoint_would_lose_is_refused_after_the_first_step(text, tmp_path, signals):
     execution = Execution(tmp_path / "run")
-    execution.trainers[1].draw = random.Random(0)
-    with pytest.raises(
-        ExperimentError, match=r"lose training\.trainers\.1\.draw, a random\.Random"
-    ):
+    execution.trainers[1].draw = threading.Lock()
+    with pytest.raises(ExperimentError, match=r"lose training\.trainers\.1\.draw, of type _thread"):
         execution.train(signals)
     assert [trainer.steps_done for trainer in execution.trainers] == [1, 1]
     assert execution.checkpoints.newest_first() == []
