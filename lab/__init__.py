@@ -4,7 +4,19 @@ experiment.py: the experiment asks, the laboratory answers.
 
 import contextlib
 import ctypes
+import os
 import sys
+from pathlib import Path
+
+# Paths that the environment gives mean the folder where the command was typed; SAE-Bench works in
+# another one, and would look there.  Must stand before the hub's client reads them.
+for _name in (
+    *("COSINE_SAE_CACHE", "XDG_CACHE_HOME", "TMPDIR", "WANDB_DIR", "WANDB_CACHE_DIR"),
+    *("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE"),
+    *("HF_ASSETS_CACHE", "HF_XET_CACHE", "HF_TOKEN_PATH", "TRANSFORMERS_CACHE", "TORCH_HOME"),
+):
+    if os.environ.get(_name):
+        os.environ[_name] = str(Path(os.environ[_name]).expanduser().absolute())
 
 # sae-bench requires torchvision but never imports it; transformers does if it can, and one built
 # for another torch breaks that import.  Must stand before transformers is first imported.

@@ -66,8 +66,10 @@ class LanguageModel:
             )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        # Of a folder the weights' sums; of a model on the hub its commit, which names its snapshot.
-        files = sorted(Path(source).glob("*.safetensors"))
+        # Of a folder the sums of all that a model is read from, whatever its weights are called; of
+        # a model on the hub its commit, which names its snapshot.
+        kinds = (".safetensors", ".bin", ".pt", ".json", ".model", ".txt")
+        files = sorted(p for p in Path(source).glob("*") if p.suffix in kinds and p.is_file())
         commit = Path(cached_file(source, "config.json")).parent.name
         identity = {
             "model": name,
