@@ -34,13 +34,15 @@ import machine
 import torch
 from test_language_model import hooked_llama
 
+from experiment import register_with_sae_lens
 from lab.absorption import absorption_config, evaluate_absorption, first_letter_probes
-from lab.bench import first_letter_words, seed_everything
+from lab.bench import first_letter_words
 from lab.language_model import LanguageModel, load_language_model
 from lab.packaged_text import TASKS, task_of_pairs
 from lab.probing import evaluate_probing, probing_artifacts, probing_config
 from lab.saved_sae import load_sae
 from lab.scales import SCALES, Scale
+from lab.seeds import seed_everything
 from lab.smollm2 import smollm2_folder
 
 
@@ -62,7 +64,7 @@ def stock(scale: Scale, lm: LanguageModel, hooked, work: Path) -> Iterator:
         """With the seed that lab/bench.py sets before the same step."""
 
         def call(*args, **kwargs):
-            seed_everything(scale.evaluation_seed, name)
+            seed_everything("evaluation", scale.evaluation_seed, name)
             return function(*args, **kwargs, **fixed)
 
         return call
@@ -159,6 +161,7 @@ def main() -> None:
     }
     lm = load_language_model(scale)
     probing_artifacts(scale, lm)
+    register_with_sae_lens()
 
     here = scores_here(scale, lm, saes, layer)
     hooked = hooked_llama(smollm2_folder())

@@ -41,12 +41,12 @@ PEERS = {"sae-lens": "6.54.12", "eai-sparsify": "1.3.3"}
 def cosine_sae(model: Path, documents: Path, tokens: int, seeds: int = 1) -> dict:
     """`model` and `documents` are what this program finds in its cache by itself."""
     sys.path.insert(0, str(HERE.parent))
-    from experiment import RUNS, Training
+    import experiment
     from lab.absorption import first_letter_probes
-    from lab.checkpoints import Checkpoints, TrainingLog
-    from lab.language_model import load_language_model
+    from lab.checkpoints import Checkpoints, Keeper, TrainingLog
     from lab.devices import Ranks
-from lab.process import Signals
+    from lab.language_model import load_language_model
+    from lab.process import Signals
     from lab.scales import SCALES
     from lab.text import heldout_contexts
 
@@ -55,12 +55,15 @@ from lab.process import Signals
     first_letter_probes(scale, lm, LAYER)  # made once, for all runs
     start = time.perf_counter()
     _, first_document = heldout_contexts(scale, lm)
-    training = Training(scale, RUNS["run_1"], lm, first_document, Ranks())
+    recipe, run, ranks = experiment.RECIPES["laptop"], experiment.RUNS["run_1"], Ranks()
+    trainers, stream = experiment.begun(scale, recipe, run, lm, first_document, ranks, None)
     with tempfile.TemporaryDirectory() as folder:
         log = TrainingLog(Path(folder) / "log.jsonl", "run_1", {})
-        training.train(log, Checkpoints(Path(folder), {}), Signals())
+        checkpoints = Checkpoints(Path(folder), {})
+        keeper = Keeper(log, checkpoints, Signals(), ranks, scale.checkpoint_seconds)
+        experiment.train(scale, trainers, stream, keeper)
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "tokens": training.steps_done * BATCH}
+    return {"seconds": seconds, "tokens": trainers[0].steps_done * BATCH}
 
 
 def sae_lens(model: Path, documents: Path, tokens: int) -> dict:

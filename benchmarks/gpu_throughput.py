@@ -33,7 +33,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -54,6 +54,7 @@ from lab.activations import (
     shuffled_batches,
     without_outliers,
 )
+from lab.checkpoints import settled
 from lab.devices import Ranks, training_device
 from lab.language_model import LanguageModel
 from lab.online_absorption import OnlineAbsorption
@@ -80,7 +81,7 @@ PUBLISHED = {
 }
 FLEX = "flex_attention"  # beside eager the one of transformers' that knows soft-capping
 TOKENIZER = SimpleNamespace(bos_token_id=2, eos_token_id=1, pad_token_id=0)  # Gemma's numbers
-RUN = experiment.RUNS["run_1"]
+RUN, RECIPE = experiment.RUNS["run_1"], experiment.RECIPES["gemma-2-2b"]
 
 
 @dataclass(frozen=True)
@@ -240,23 +241,25 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def new_trainer(scale: Scale, rows: torch.Tensor) -> experiment.Trainer:
-    """As Training makes it, measuring absorption now and then on made-up words."""
+def new_trainer(
+    scale: Scale, rows: torch.Tensor, recipe: experiment.Recipe = RECIPE
+) -> experiment.Trainer:
+    """As experiment.begun() makes it, measuring absorption now and then on made-up words."""
     units = calibrate(rows)
-    trainer = experiment.Trainer(scale, RUN, scale.layers[0], units, Ranks())
+    trainer = experiment.Trainer(scale, recipe, RUN, scale.layers[0], units, Ranks())
     words = {name: t.to(rows.device) for name, t in made_up_words(scale, rows.shape[1]).items()}
     trainer.online = OnlineAbsorption(words, scale.online_words)
     return trainer
 
 
 def train(trainer: experiment.Trainer, batches: Iterator[torch.Tensor]) -> None:
-    """As Training does it: numbers leave the device every 10 steps."""
+    """As experiment.train() does it: numbers leave the device every 10 steps."""
     waiting = []
     for batch in batches:
         waiting.append(trainer.step(batch))
         if len(waiting) == 10:
             for record in waiting:
-                experiment.settled(record, 0.0)
+                settled(record, 0)
             waiting = []
 
 
@@ -359,6 +362,7 @@ def setting_of(study: Study, device: torch.device, attention: str) -> dict:
         "batch_tokens": study.scale.batch_tokens,
         "block_contexts": study.scale.block_contexts,
         "run": RUN.title,
+        "recipe": asdict(RECIPE),
         "code_sha256": hashlib.sha256(code).hexdigest(),
     }
 
@@ -443,8 +447,7 @@ def measure(
                 if time.monotonic() > until:
                     print(f"no time left for {name} and what follows it")
                     return
-                changes = {"d_sae": d_sae, "initial_l0": d_sae / 2, "n_seeds": seeds}
-                own = replace(scale, lm_batch=batch, **changes)
+                own = replace(scale, lm_batch=batch, d_sae=d_sae, n_seeds=seeds)
                 found = configuration(study, own, lm, rows, rates[batch], peak)
                 report.add("configurations", name, found)
                 print(row(name, found), flush=True)
@@ -492,15 +495,13 @@ def small_losses(rows: torch.Tensor, device: torch.device, steps: int = 20) -> t
         layers=(1,),
         d_sae=512,
         n_seeds=2,
-        initial_l0=256.0,
         batch_tokens=256,
         training_tokens=256 * steps,
-        learning_rate=3e-3,
-        warmup_steps=2,
         training_dtype="float32",
     )
+    recipe = replace(RECIPE, learning_rate=3e-3, warmup_steps=2)
     with mock.patch.object(experiment, "training_device", lambda: device):
-        trainer = new_trainer(scale, rows.to(device))
+        trainer = new_trainer(scale, rows.to(device), recipe)
         batches = rows.split(scale.batch_tokens)[:steps]
         return torch.stack([trainer.step(batch.to(device))["loss"].cpu() for batch in batches])
 

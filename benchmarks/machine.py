@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import sys
 from pathlib import Path
 
@@ -10,22 +9,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import torch
 
+from lab.devices import processor
 from lab.storage import json_text, versions, write_atomically
-
-BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16")  # the best first
-
-
-def cpu() -> tuple[str, str]:
-    """(model, the best of BFLOAT16_UNITS it has, or "no_bf16"; "unknown" off Linux)."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine(), "unknown"
-    about = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    about = {name.strip(): value.strip() for name, value in about.items()}
-    flags = about.get("flags", "").split()
-    units = next((unit for unit in BFLOAT16_UNITS if unit in flags), "no_bf16")
-    return about.get("model name", platform.machine()), units
 
 
 def target(name: str, units: str) -> Path:
@@ -45,7 +30,7 @@ def measured(name: str, units: str) -> dict:
 
 def write(name: str, result: dict) -> None:
     """`result` with the machine and the versions it was measured with."""
-    model, units = cpu()
+    model, units = processor()
     about = {
         "cpu": f"{model}, {os.cpu_count()} cores, {units}",
         "threads": torch.get_num_threads(),

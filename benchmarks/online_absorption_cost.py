@@ -41,18 +41,17 @@ def main() -> None:
     scale, d_in = SCALES["laptop"], 576
     units = calibrate(noise(20_000, d_in, seed=0))
     with mock.patch.object(experiment, "training_device", lambda: torch.device("cpu")):
-        trainer = experiment.Trainer(
-            scale, experiment.RUNS["run_1"], scale.layers[0], units, Ranks()
-        )
+        recipe, run = experiment.RECIPES[scale.name], experiment.RUNS["run_1"]
+        trainer = experiment.Trainer(scale, recipe, run, scale.layers[0], units, Ranks())
     online = OnlineAbsorption(made_up_words(scale, d_in), scale.online_words)
     batch = noise(scale.batch_tokens, d_in, seed=3)
-    alpha = torch.full((scale.n_seeds, 1, 1), 0.5)
+    alphas = [0.5] * scale.n_seeds
     steps, measurements = [], []
     for repetition in range(12):
         start = time.perf_counter()
         trainer.step(batch)
         middle = time.perf_counter()
-        online.measure(trainer.sae, alpha, units.scale, trainer.dtype)
+        online.measure(trainer.sae, alphas, units.scale, trainer.dtype)
         if repetition >= 2:  # the first ones warm up
             steps.append(middle - start)
             measurements.append(time.perf_counter() - middle)

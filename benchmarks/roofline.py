@@ -18,7 +18,7 @@ from collections.abc import Callable
 import machine
 import torch
 
-from experiment import RUNS, Trainer
+from experiment import RECIPES, RUNS, Trainer
 from lab.activations import calibrate
 from lab.devices import Ranks
 from lab.language_model import LanguageModel, load_language_model
@@ -89,7 +89,8 @@ def main() -> None:
         )
     }
     for run in ("run_1", "run_7"):
-        trainer = Trainer(scale, RUNS[run], scale.layers[0], units, Ranks())
+        recipe = RECIPES[scale.name]
+        trainer = Trainer(scale, recipe, RUNS[run], scale.layers[0], units, Ranks())
 
         def step(trainer: Trainer = trainer) -> None:
             trainer.steps_done = 101  # an ordinary step: nothing is measured beside it

@@ -2,9 +2,9 @@
 
     python benchmarks/start_up.py      # half a minute
 
-Every start is the real command in a process and a folder of its own, stopped after its first step;
-the caches must hold what the laptop scale needs (any finished run leaves that).  Writes
-results/start_up_<bfloat16 units>.json.
+Every start is the real command in a process and a folder of its own, its unfinished work in it too,
+stopped after its first step; the caches must hold what the laptop scale needs (any finished run
+leaves that).  Writes results/start_up_<bfloat16 units>.json.
 """
 
 import os
@@ -23,7 +23,10 @@ REPETITIONS = 5
 UNTIL_THE_FIRST_STEP = f"""
 import os, sys
 sys.path.insert(0, {str(Path(__file__).resolve().parent.parent)!r})
-import experiment
+import experiment, lab.work
+from pathlib import Path
+lab.work.work_root = lambda: Path.cwd() / "training"
+lab.work.work_root().mkdir()
 step = experiment.Trainer.step
 def first(self, x):
     step(self, x)
