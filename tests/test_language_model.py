@@ -476,7 +476,8 @@ def test_what_is_odd_about_gemma_is_really_in_effect(gemma, tmp_path, changes):
 def test_the_identity_of_a_model_names_its_weights_tokenizer_dtype_and_device(tiny_model, tmp_path):
     before = load(tiny_model, (1,)).identity
     assert before["device"] == device_kind()
-    assert before["files"] == {"model.safetensors": file_sha256(tiny_model / "model.safetensors")}
+    for name in ("model.safetensors", "config.json"):
+        assert before["files"][name] == file_sha256(tiny_model / name)
     assert load(tiny_model, (0, 2)).identity == before, "layers are named where they matter"
     assert load(tiny_model, (1,), torch.bfloat16).identity != before
     with pytest.MonkeyPatch.context() as patch:
@@ -490,4 +491,6 @@ def test_the_identity_of_a_model_names_its_weights_tokenizer_dtype_and_device(ti
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     changed = load(folder, (1,)).identity
-    assert {name for name in before if changed[name] != before[name]} == {"tokenizer"}
+    differ = {name for name in before if changed[name] != before[name]}
+    assert differ == {"tokenizer", "files"}
+    assert changed["files"]["model.safetensors"] == before["files"]["model.safetensors"]
