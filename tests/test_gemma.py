@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,15 +56,16 @@ def start(
     scale: Scale,
     patch: str = "",
     launcher: tuple[str, ...] = (),
+    quick: bool = False,
     **environment: str,
 ) -> subprocess.Popen:
-    """`python experiment.py --out_dir=run_2` in `cwd`, or under a launcher; prints into files."""
-    driver = cwd / "driver.py"
-    driver.write_text(
-        tiny.DRIVER.format(
-            root=str(tiny.ROOT), scale=json.dumps(asdict(scale)), patch=patch, few_k=True
-        )
-    )
+    """`python experiment.py --out_dir=run_2` in `cwd`, or under a launcher; prints into files.
+
+    `quick`: nothing is scored."""
+    driver, root = cwd / "driver.py", str(tiny.ROOT)
+    values = {"scale": json.dumps(asdict(scale)), "recipe": json.dumps(asdict(tiny.RECIPE))}
+    how = {"patch": patch, "few_k": True, "quick": quick}
+    driver.write_text(tiny.DRIVER.format(root=root, script=root, **values, **how))
     inherited = {name: v for name, v in os.environ.items() if not name.startswith("WANDB")}
     ours = {"EXPERIMENT_SCALE": scale.name, "COSINE_SAE_CACHE": str(cache)}
     return subprocess.Popen(
@@ -82,6 +84,11 @@ def finish(process: subprocess.Popen, cwd: Path, status: int = 0) -> str:
     out, err = (cwd / "stdout").read_text(), (cwd / "stderr").read_text()
     assert process.returncode == status, (process.returncode, out[-2000:], err[-2000:])
     return out
+
+
+def work_of(cache: Path, pattern: str = "") -> list[Path]:
+    """What unfinished runs have in the cache."""
+    return sorted((cache / "training").glob(f"*/{pattern}"))
 
 
 def log_of(folder: Path) -> list[dict]:
@@ -172,33 +179,32 @@ def kill(process: subprocess.Popen, how: int = signal.SIGKILL) -> None:
     process.wait(timeout=120)
 
 
-def same_as_undisturbed(folder: Path, undisturbed) -> None:
+def same_as_undisturbed(folder: Path, cache: Path, undisturbed) -> None:
     assert log_of(folder) == log_of(undisturbed.folder)
     assert (folder / "run_2" / "final_info.json").read_text() == undisturbed.text
-    assert not (folder / "run_2" / "checkpoint").exists()
+    assert not work_of(cache)
 
 
 def test_sigterm_in_training_and_a_kill_in_the_evaluation_change_nothing(
     hub, cache, undisturbed, tmp_path
 ):
-    checkpoints = tmp_path / "run_2" / "checkpoint"
     process = start(hub, cache, tmp_path, small())
-    wait_for(process, lambda: len(list(checkpoints.glob("step_*"))) == 2)
+    wait_for(process, lambda: len(work_of(cache, "step_*")) == 2)
     process.send_signal(signal.SIGTERM)
     finish(process, tmp_path, status=75)
     last = (tmp_path / "stderr").read_text().splitlines()[-1]
     assert last == (
         "error: stopped by SIGTERM: run the same command again to go on from where it stood"
     )
-    steps = [int(path.name.split("_")[1]) for path in checkpoints.glob("step_*")]
+    steps = [int(path.name.split("_")[1]) for path in work_of(cache, "step_*")]
     assert 0 < max(steps) <= 24
 
     process = start(hub, cache, tmp_path, small())
-    wait_for(process, lambda: any((checkpoints / "evaluated").glob("fidelity_*.json")))
+    wait_for(process, lambda: work_of(cache, "evaluated_*/fidelity_*.json"))
     kill(process)
     out = finish(start(hub, cache, tmp_path, small()), tmp_path)
     assert "going on from the checkpoint of step 24" in out
-    same_as_undisturbed(tmp_path, undisturbed)
+    same_as_undisturbed(tmp_path, cache, undisturbed)
 
 
 @pytest.mark.faults
@@ -210,8 +216,10 @@ def test_ten_kills_at_random_moments_change_nothing(hub, cache, undisturbed, tmp
         time.sleep(r.uniform(3, 45))
         if process.poll() is None:
             kill(process)
+        if r.random() < 0.3:  # as a loop that deletes what did not finish
+            shutil.rmtree(tmp_path / "run_2", ignore_errors=True)
     finish(start(hub, own, tmp_path, small()), tmp_path)
-    same_as_undisturbed(tmp_path, undisturbed)
+    same_as_undisturbed(tmp_path, own, undisturbed)
 
 
 # ── The text over a bad network ──────────────────────────────────────────────────────────────────
@@ -307,7 +315,6 @@ TRAIN_ONLY = """
 import torch
 load = experiment.load_language_model
 experiment.load_language_model = lambda scale: load(scale, torch.float32)
-experiment.evaluate = lambda *arguments: {}
 lab.preflight.not_enough_room = lambda *arguments: []
 """
 
@@ -320,7 +327,7 @@ def torchrun(n: int) -> tuple[str, ...]:
 def one_process(hub, cache, tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("one")
     scale = small(training_dtype="float32", checkpoint_seconds=600)
-    finish(start(hub, cache, folder, scale, TRAIN_ONLY), folder)
+    finish(start(hub, cache, folder, scale, TRAIN_ONLY, quick=True), folder)
     return log_of(folder)
 
 
@@ -343,15 +350,15 @@ def test_two_processes_follow_the_curve_of_one_also_when_they_are_stopped(
             "experiment.Trainer.step = lambda self, x: (time.sleep(0.1), step(self, x))[1]",
         ]
     )
-    process = start(hub, cache, tmp_path, scale, slowly, torchrun(2), OMP_NUM_THREADS="1")
-    checkpoints = tmp_path / "run_2" / "checkpoint"
-    wait_for(process, lambda: any(checkpoints.glob("step_*")))
+    two = {"launcher": torchrun(2), "quick": True, "OMP_NUM_THREADS": "1"}
+    process = start(hub, cache, tmp_path, scale, slowly, **two)
+    wait_for(process, lambda: work_of(cache, "step_*"))
     process.send_signal(signal.SIGTERM)  # torchrun hands it on to its processes
     process.wait(timeout=120)
     assert process.returncode != 0
-    stopped_at = max(int(path.name.split("_")[1]) for path in checkpoints.glob("step_*"))
+    stopped_at = max(int(path.name.split("_")[1]) for path in work_of(cache, "step_*"))
     assert 0 < stopped_at < 24
-    process = start(hub, cache, tmp_path, scale, TRAIN_ONLY, torchrun(2), OMP_NUM_THREADS="1")
+    process = start(hub, cache, tmp_path, scale, TRAIN_ONLY, **two)
     out = finish(process, tmp_path)
     assert f"going on from the checkpoint of step {stopped_at}" in out
     assert out.count("going on from") == 1, "the processes speak with one voice"

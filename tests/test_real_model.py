@@ -17,6 +17,7 @@ import pytest
 import tiny
 import torch
 
+import experiment
 from lab.language_model import load_language_model
 from lab.saved_sae import load_sae
 from lab.scales import SCALES
@@ -55,8 +56,6 @@ def finished(cache, tmp_path_factory) -> SimpleNamespace:
         training_tokens=6 * 2048,
         n_seeds=2,
         d_sae=256,
-        initial_l0=128.0,
-        warmup_steps=2,
         heldout_contexts=16,
         block_contexts=128,
         tasks=("spam",),
@@ -68,7 +67,9 @@ def finished(cache, tmp_path_factory) -> SimpleNamespace:
         online_words=300,
     )
     folder = tmp_path_factory.mktemp("real")
-    process = tiny.run_script("--out_dir=run_7", scale=scale, cache=cache, cwd=folder, few_k=False)
+    recipe = experiment.Recipe(warmup_steps=2)
+    how = {"scale": scale, "recipe": recipe, "cache": cache, "cwd": folder}
+    process = tiny.run_script("--out_dir=run_7", **how, few_k=False)
     if "could not download" in process.stderr and index_is_out_of_reach(folder):
         pytest.skip("SmolLM2 is not in the cache and pip reaches no index: " + process.stderr)
     assert (process.returncode, process.stderr) == (0, ""), process.stdout
@@ -80,6 +81,7 @@ def finished(cache, tmp_path_factory) -> SimpleNamespace:
 
 def test_the_script_trains_and_scores_saes_of_the_real_model(finished):
     folder, scale = finished.folder, finished.scale
+    experiment.register_with_sae_lens()
     for seed in range(scale.n_seeds):
         sae = load_sae(folder / "sae" / f"layer_8_seed_{seed}")
         assert tuple(sae.W_dec.shape) == (256, 576)
