@@ -76,8 +76,11 @@ class Run:
     readout_alphas: tuple[float, ...] = ()  # also probe with alpha swapped to these at read time
 
     def __post_init__(self):
-        for alpha in (self.alpha_start, self.alpha_end, *self.readout_alphas):
-            require(0 <= alpha <= 1, f"RUNS: {self.title!r}: alpha={alpha} must lie in [0, 1]")
+        for name in ("alpha_start", "alpha_end", "readout_alphas"):
+            value = getattr(self, name)
+            alphas = value if isinstance(value, list | tuple) else (value,)
+            good = all(0 <= alpha <= 1 for alpha in alphas)
+            require(good, f"RUNS: {name}={value} must lie in [0, 1]")
         require(
             self.schedule != "learned" or self.alpha_start == self.alpha_end == 0,
             "RUNS: a learned blend is a learned cosine gain, so it needs alpha_start=alpha_end=0",
@@ -194,7 +197,7 @@ def check_schedule(run: Run, points: int = 1001) -> None:
         alpha = alpha_at(run, i / (points - 1))
         require(
             0 <= alpha <= 1,
-            f"ALPHA_SCHEDULES[{run.schedule!r}] gives alpha = {alpha:.4g} at progress "
+            f"ALPHA_SCHEDULES[{run.schedule!r}] gives alpha = {alpha:.6g} at progress "
             f"{i / (points - 1):g}: it must map [0, 1] into [0, 1], and alpha with it",
         )
 
@@ -221,7 +224,7 @@ def learning_rate_factor(scale: Scale, recipe: Recipe, step: int) -> float:
 
 class BlendedScores(torch.autograd.Function):
     """z = (x_c @ W + shift) * (linear + token * cosine) + b, in one matmul and two passes over
-    [S, B, F]; shift is 0 and is there for its gradient, x_c is data and gets none.
+    [S, B, F]; shift is 0 and is there for its gradient.  In training x_c is data and gets none.
 
     The passes over [S, B, F], not the multiplications, are what training spends its time on, so the
     backward is by hand: sums over tokens and latents are matmuls with the vectors they weight.
@@ -234,12 +237,13 @@ class BlendedScores(torch.autograd.Function):
     def forward(ctx, x_c, W, shift, token, linear, cosine, b):
         score = torch.bmm(x_c, W)
         gain = torch.addcmul(linear, token, cosine)
-        ctx.save_for_backward(x_c, token, cosine, score, gain)
+        kept = W if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(x_c, kept, token, cosine, score, gain)
         return torch.addcmul(b, score, gain)
 
     @staticmethod
     def backward(ctx, grad):
-        x_c, token, cosine, score, gain = ctx.saved_tensors
+        x_c, W, token, cosine, score, gain = ctx.saved_tensors
         by_gain = grad * score
         ones = torch.ones_like(token)
         d_linear, d_cosine = torch.bmm(torch.cat([ones, token], -1).mT, by_gain).split(1, dim=1)
@@ -249,7 +253,8 @@ class BlendedScores(torch.autograd.Function):
         # Matrix units want rows that lie together: turning x_c round is quicker than not to.
         d_W = torch.bmm(x_c.mT.contiguous(), d_score)
         d_shift = torch.bmm(ones.mT, d_score)
-        return None, d_W, d_shift, d_token, d_linear, d_cosine, d_b
+        d_x_c = None if W is None else torch.bmm(d_score, W.mT)
+        return d_x_c, d_W, d_shift, d_token, d_linear, d_cosine, d_b
 
 
 def gains(

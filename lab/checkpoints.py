@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import shutil
 import time
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from pathlib import Path
 import torch
 
 from lab.devices import Ranks
-from lab.metrics import mean_or_none
 from lab.process import ExperimentError, Interrupted, Signals, say
 from lab.state import load_state, save_state
 from lab.storage import file_sha256, json_text
@@ -57,8 +57,11 @@ class TrainingLog:
         self.size += len(lines)
         self.digest.update(lines)
         for r in records if self.wandb else ():
-            flat = {k: mean_or_none(v) if isinstance(v, list) else v for k, v in r.items()}
+            flat = {k: sum(v) / len(v) if isinstance(v, list) else v for k, v in r.items()}
             self.wandb.log({f"layer_{r['layer']}/{k}": v for k, v in flat.items()}, step=r["step"])
+
+
+UNREADABLE = (pickle.UnpicklingError, AttributeError, ImportError, EOFError)  # as a pickle
 
 
 class Checkpoints:
@@ -115,7 +118,7 @@ class Checkpoints:
     def read(self, log: TrainingLog) -> dict | None:
         """The newest state that is whole, the log cut back to it; else None."""
         for path in self.newest_first():
-            with contextlib.suppress(OSError, ValueError, LookupError):
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError, *UNREADABLE):
                 if self._checksum(path) == path.stem.split("_")[2]:
                     state = load_state(path)
                     if log.take_up(*state["log"]):

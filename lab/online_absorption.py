@@ -68,8 +68,8 @@ class OnlineAbsorption:
         """(absorption fraction, full absorption), each the mean over letters, for every seed."""
         acts = sae.encode(self.X * scale, alphas, dtype).float() / scale
         rows = decoder_rows(sae, len(acts), acts.shape[-1])
-        if rows is not sae.W_dec:  # whose rows are unit
-            norms = rows.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+        norms = rows.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+        if (norms - 1).abs().max() > 1e-4:  # beyond rounding: an edit keeps no unit rows
             acts, rows = acts * norms.mT, rows / norms
         return [self._mean_over_letters(a, W) for a, W in zip(acts, rows, strict=True)]
 

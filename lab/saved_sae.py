@@ -58,6 +58,7 @@ def register(experiment: str, build: Build) -> type:
         settings: dict = field(default_factory=dict)  # what that code builds the SAE from
         activation_scale: float = 1.0  # training saw residuals times this
         alpha: float = 1.0  # at the end of training
+        whole_numbers: dict = field(default_factory=dict)  # buffers that are not floating-point
 
         @classmethod
         def architecture(cls) -> str:
@@ -101,18 +102,24 @@ def register(experiment: str, build: Build) -> type:
             found = {
                 "W_dec": W_dec / norm_F[:, None],
                 "b_dec": sae.decode(zeros)[0, 0].float() / scale,
-                "W_enc": sae.linear_encoder([self.cfg.alpha])[0].float() * norm_F,
                 "b_enc": sae.b_enc[0].float() * norm_F / scale,
                 "latent_units": norm_F / scale,
             }
             for name, value in found.items():
                 setattr(self, name, value.to(like.dtype))
+            self.W_enc = self.linear_encoder().to(like.dtype)
+
+        @torch.no_grad()
+        def linear_encoder(self) -> torch.Tensor:
+            """W_enc [D, F] at the alpha of the configuration, in residual-stream units."""
+            W_enc = self.trained.linear_encoder([self.cfg.alpha])[0].float()
+            return W_enc * self.latent_units.float() * self.cfg.activation_scale
 
         def process_state_dict_for_loading(self, state_dict: dict) -> None:
-            # SAELens reads all of a file in one dtype, whole numbers too.
-            for name, own in self.trained.state_dict(prefix="trained.").items():
-                if name in state_dict and not own.is_floating_point():
-                    state_dict[name] = state_dict[name].to(own.dtype)
+            # SAELens reads all of a file in one dtype, whole numbers too, and would round them.
+            own = self.trained.state_dict(prefix="trained.")
+            for name, values in self.cfg.whole_numbers.items():
+                state_dict[name] = torch.tensor(values, dtype=own[name].dtype)
 
         def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
             found = super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -172,8 +179,9 @@ def load_sae(folder: Path):
 def read_out(sae, alpha: float):
     """The same SAE, its weights shared, with alpha swapped at read time."""
     swapped = copy.copy(sae)
-    swapped.cfg = copy.deepcopy(sae.cfg)
+    swapped.cfg, swapped._buffers = copy.deepcopy(sae.cfg), dict(sae._buffers)
     swapped.cfg.alpha = alpha
+    swapped.W_enc = swapped.linear_encoder().to(sae.W_enc.dtype)
     return swapped
 
 
@@ -240,6 +248,9 @@ def save_saes(
                 "settings": settings,
                 "activation_scale": trainer.units.scale,
                 "alpha": alpha,
+                "whole_numbers": {
+                    name: t.tolist() for name, t in weights.items() if not t.is_floating_point()
+                },
                 "metadata": {
                     "model_name": lm.name,
                     "hook_name": f"blocks.{trainer.layer}.hook_resid_post",

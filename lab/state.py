@@ -7,6 +7,8 @@ What cannot be put back is refused by name instead of being lost.
 
 import io
 import pickle
+import types
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +24,14 @@ def check_kept(state: dict) -> None:
     """Raises ExperimentError, naming the attribute, if a checkpoint would lose part of `state`.
 
     Nothing is written, and no tensor copied."""
-    if found := _culprit(state, "training", set()):
+    for name, value in _within(state, "training", set()):
+        if isinstance(value, torch.Tensor) and (
+            value._backward_hooks or getattr(value, "_post_accumulate_grad_hooks", None)
+        ):
+            raise ExperimentError(
+                f"a checkpoint would lose the hooks of {name}: do what they do in the step itself"
+            )
+    if found := _culprit(state | _unpickled(state), "training", set()):
         name, value, error = found
         kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
         raise ExperimentError(
@@ -36,7 +45,7 @@ def save_state(state: dict, path: Path) -> None:
     written."""
     check_kept(state)
     with disk_errors_named(path):
-        torch.save(state | {"gradients": _gradients(state)}, path)
+        torch.save(state | _unpickled(state), path)
 
 
 def load_state(path: Path) -> dict:
@@ -50,37 +59,50 @@ def load_state(path: Path) -> dict:
         return storage if location == "cpu" else default_restore_location(storage, device)
 
     state = torch.load(path, map_location=place, weights_only=False)
-    # Pickled parameters lose their gradients, which whoever sums them over steps still needs.
-    for parameter, gradient in state.pop("gradients"):
-        parameter.grad = gradient
+    for tensor, gradient in state.pop("gradients"):
+        tensor.grad = gradient
+    for optimizer, own in state.pop("optimizers"):
+        vars(optimizer).update(own)
     return state
 
 
-def _gradients(state: dict) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Every parameter of an optimiser with its gradient, if it has one."""
-    found = {}
-    for value in _within(state, set()):
-        for group in value.param_groups if isinstance(value, torch.optim.Optimizer) else ():
-            found |= {id(p): (p, p.grad) for p in group["params"] if p.grad is not None}
-    return list(found.values())
+def _unpickled(state: dict) -> dict:
+    """What torch leaves out when it pickles: gradients, which whoever sums them over steps still
+    needs, and what somebody hung on an optimiser."""
+    gradients, optimizers = [], []
+    for _, value in _within(state, "training", set()):
+        if isinstance(value, torch.Tensor) and value.is_leaf and value.grad is not None:
+            gradients.append((value, value.grad))
+        if isinstance(value, torch.optim.Optimizer):
+            fresh = type(value).__new__(type(value))
+            fresh.__setstate__(value.__getstate__())
+            own = {name: v for name, v in vars(value).items() if name not in vars(fresh)}
+            own = {name: v for name, v in own.items() if name[0] != "_" and not callable(v)}
+            optimizers.append((value, own))
+    return {"gradients": gradients, "optimizers": optimizers}
 
 
 def _children(value: object) -> Iterator[tuple[str, object]]:
     if isinstance(value, dict):
         yield from ((str(key), item) for key, item in value.items())
-    elif isinstance(value, list | tuple | set | frozenset):
+    elif isinstance(value, list | tuple | set | frozenset | deque):
         yield from ((str(i), item) for i, item in enumerate(value))
-    elif hasattr(value, "__dict__") and not isinstance(value, type | torch.Tensor):
-        yield from vars(value).items()
+    elif not isinstance(value, type | torch.Tensor | types.ModuleType):
+        yield from getattr(value, "__dict__", {}).items()
+        for kind in type(value).__mro__:
+            slots = getattr(kind, "__slots__", ())
+            for name in (slots,) if isinstance(slots, str) else slots:
+                if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                    yield name, getattr(value, name)
 
 
-def _within(value: object, seen: set[int]) -> Iterator[object]:
-    """An object and all that hangs on it."""
+def _within(value: object, name: str, seen: set[int]) -> Iterator[tuple[str, object]]:
+    """An object and all that hangs on it, with the names of the way there."""
     if id(value) not in seen:
         seen.add(id(value))
-        yield value
-        for _, child in _children(value):
-            yield from _within(child, seen)
+        yield name, value
+        for key, child in _children(value):
+            yield from _within(child, f"{name}.{key}", seen)
 
 
 class _Trial(pickle.Pickler):
