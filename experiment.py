@@ -32,7 +32,7 @@ Shape letters: S seeds, B tokens of a batch, N tokens or words, L positions, D d
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +54,7 @@ from lab.process import Clock, Interrupted, Signals, locked, progress_bar, requi
 from lab.saved_sae import save_saes
 from lab.scales import Scale, choose_scale, refuse_bad_numbers
 from lab.seeds import generators, seed_everything, seed_for, set_generators
-from lab.state import check_kept
+from lab.state import check_kept, check_outside, outside
 from lab.summary import print_summary
 from lab.text import heldout_contexts
 from lab.work import Work, training_identity
@@ -569,9 +569,15 @@ class Trainer:
         """The blend that is evaluated, of each seed."""
         return self.schedule_at(self.scale.total_steps - 1)[0]
 
-    def averaged(self) -> AbstractContextManager:
-        """Inside the `with` the SAEs hold the weights that are evaluated: the average's, if any."""
-        return self.average.applied() if self.average else nullcontext()
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside the `with` the SAEs are what is evaluated: the average, if any, in eval mode."""
+        self.sae.eval()
+        try:
+            with self.average.applied() if self.average else nullcontext():
+                yield
+        finally:
+            self.sae.train()
 
     def step(self, x: torch.Tensor) -> dict:
         """One optimiser step on a batch of residuals [B, D]; returns the record to log."""
@@ -650,10 +656,8 @@ class Trainer:
         """
         if not self.average:
             return None
-        names = [name for name, _ in self.sae.named_parameters()]
-        averages = dict(zip(names, self.average.average, strict=True))
-        inputs = (x, alphas, self.lambda_S, self.dtype)
-        average_S = torch.func.functional_call(self.sae, averages, inputs).l0_S
+        with self.averaged():
+            average_S = self.sae(x, alphas, self.lambda_S, self.dtype).l0_S
         self.ranks.average_(average_S)
         self.l0_ratio_S = (average_S / l0_S.clamp_min(1e-3)).clamp_min(1.0)
         return average_S
@@ -679,7 +683,9 @@ class Trainer:
         if self.online is None or not measure:
             nothing = ("online_absorption_fraction", "online_absorption_full", "pace")
             return dict.fromkeys(nothing)
+        self.sae.eval()
         found = self.online.measure(self.sae, alphas, self.units.scale, self.dtype)
+        self.sae.train()
         # One process measures for all: the pace must not come to depend on rounding.
         fractions, full = self.ranks.first([list(score) for score in zip(*found, strict=True)])
         for s, fraction in enumerate(fractions):
@@ -697,7 +703,10 @@ def train(scale: Scale, trainers: list[Trainer], stream: ActivationStream, keepe
     stop; ExperimentError if a loss is not finite or the text is too short."""
     done = begun_at = trainers[0].steps_done
 
+    script = outside(__name__)
+
     def state() -> dict:
+        check_outside(__name__, script)
         return {"stream": stream.state(), "trainers": trainers, "generators": generators()}
 
     batches = stream.batches([trainer.units for trainer in trainers])
@@ -825,7 +834,7 @@ def execute(out_dir: Path, name: str, scale: Scale, ranks: Ranks, signals: Signa
         register_with_sae_lens()
         trainers, _ = parts
         saved = save_saes(scale, lm, trainers, work.folder / "sae", name, experiment, settings)
-        check_all(scale, lm, trainers, saved, heldout)
+        check_all(scale, lm, trainers, saved, heldout, log.records)
         units = {trainer.layer: trainer.units for trainer in trainers}
         results, scored = evaluate(
             scale, run.readout_alphas, lm, units, saved, heldout, log.records, work.folder, clock

@@ -15,7 +15,7 @@ from lab.identity import code_behind
 from lab.language_model import LanguageModel
 from lab.metrics import finite_or_none
 from lab.probing import evaluate_probing
-from lab.process import Clock, say
+from lab.process import Clock, require, say
 from lab.results import layer_results, readout_results
 from lab.saved_sae import Trained, check_saved, load_sae
 from lab.scales import Scale
@@ -28,16 +28,44 @@ def check_all(
     trainers: list[Trained],
     saved: dict[int, dict[str, Path]],
     heldout_NL: torch.Tensor,
+    records: list[dict],
 ) -> None:
     """Load every saved SAE as a user does and compare it with the one that was trained, on ordinary
-    tokens of held-out text.  Raises ExperimentError where they differ."""
+    tokens of held-out text, and its alpha with the last that was logged.  Raises ExperimentError
+    where they differ."""
     rows_NLD, worst = harvest(lm, heldout_NL[:16], scale.lm_batch).float(), 0.0
+    last = {record["layer"]: record for record in records}
     for i, trainer in enumerate(trainers):
+        trained, saved_as = last[trainer.layer]["alpha"], trainer.final_alphas()
+        require(
+            trained == saved_as or trainer.run.schedule == "adaptive",
+            f"the last step trained with alpha {trained}, and the SAEs were saved with {saved_as}: "
+            "both must come from schedule_at(); nothing was evaluated",
+        )
         rows_ND = rows_NLD[:, i]
         rows_ND = rows_ND[rows_ND.norm(dim=-1) <= trainer.units.outlier_norm]
         for seed, folder in enumerate(saved[trainer.layer].values()):
             worst = max(worst, *check_saved(trainer, folder, seed, rows_ND).values())
+        check_trained_on_this(trainer, last[trainer.layer], rows_ND)
     say(f"every saved SAE, loaded afresh, computes what was trained (to {worst:.1g})")
+
+
+@torch.no_grad()
+def check_trained_on_this(trainer: Trained, record: dict, rows_ND: torch.Tensor) -> None:
+    """The last step's L0 and mse are those of the saved SAEs on held-out rows, but for a factor of
+    two: an SAE that was trained on something else than it will read is far off."""
+    nothing, alphas = torch.zeros(1, device=rows_ND.device), trainer.final_alphas()
+    with trainer.averaged():
+        now = trainer.sae(rows_ND * trainer.units.scale, alphas, nothing, torch.float32)
+    for name, found in (("l0", now.l0_S), ("mse", now.mse_S)):
+        for seed, (logged, value) in enumerate(zip(record[name], found.tolist(), strict=True)):
+            low, high = sorted((logged, value))
+            require(
+                low >= 0 and high <= 2 * low + 1e-6,
+                f"layer {trainer.layer}, seed {seed}: the last step logged {name} {logged:.3g}, "
+                f"but the saved SAE has {value:.3g} on held-out text: step() does not train on "
+                "what the SAE will read; nothing was evaluated",
+            )
 
 
 def evaluate(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lab.devices import processor
-from lab.identity import laboratory_fingerprint
+from lab.identity import laboratory_fingerprint, local_files, source
 from lab.process import Clock, ExperimentError, require
 from lab.storage import file_sha256, json_text, versions, write_atomically
 from lab.work import Work, remove_work
@@ -134,7 +134,9 @@ def begin(out_dir: Path, identity: dict, script: str, derived: dict) -> dict:
         }
     )
     write_atomically(out_dir / "config.json", json_text(config))
-    shutil.copyfile(script, out_dir / "experiment.py")
+    for path in local_files(Path(script).resolve()):  # as they were read, whatever is there now
+        name = "experiment.py" if path == Path(script).resolve() else path.name
+        write_atomically(out_dir / name, source(path))
     return config
 
 
@@ -157,16 +159,22 @@ def finish(
         "sae": work.folder / "sae",
         "eval": evaluated,
     }
-    for name, source in sources.items():
+    for name, origin in sources.items():
         target = out_dir / name
         if target.is_dir():  # of an execution that was killed while it did this
             shutil.rmtree(target)
-        shutil.copytree(source, target) if source.is_dir() else shutil.copyfile(source, target)
+        # One by one: shutil.copytree's errors are lists, and say neither what nor where.
+        for file in origin.rglob("*") if origin.is_dir() else (origin,):
+            copy = target / file.relative_to(origin)
+            if file.is_file():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
     text = json_text(results)
     sums = {str(p.relative_to(out_dir)): file_sha256(p) for p in written_files(out_dir)}
     sums["final_info.json"] = hashlib.sha256(text.encode()).hexdigest()
     config = config | {"seconds": clock.seconds | {"total": clock.total}}
     config |= {"work": work.name, "sha256": sums}
     write_atomically(out_dir / "config.json", json_text(config))
+    work.mark_finished()
     write_atomically(out_dir / "final_info.json", text)
-    work.finished()
+    remove_work(work.name)

@@ -50,8 +50,25 @@ def fingerprint(*paths: Path) -> str:
 
 
 def experiment_fingerprint(script: str | Path) -> str:
-    """Of experiment.py, or of the copy in a run's folder: the same for the same code."""
-    return fingerprint(Path(script).resolve())
+    """Of experiment.py and the files beside it that it imports, or of the copies in a run's folder:
+    the same for the same code."""
+    return fingerprint(*local_files(Path(script).resolve()))
+
+
+@cache
+def local_files(path: Path) -> tuple[Path, ...]:
+    """A file and those that it imports from its own folder, however far; lab/ has its own print."""
+    found, waiting = {path}, [path]
+    while waiting:
+        for node in ast.walk(ast.parse(source(waiting.pop()))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names = [node.module]
+            files = {path.parent / f"{name.split('.')[0]}.py" for name in names}
+            new = {file for file in files - found if file.is_file()}
+            found |= new
+            waiting += new
+    return tuple(sorted(found))
 
 
 def laboratory_fingerprint() -> str:

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import io
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -198,6 +199,8 @@ def _of_disk(error: BaseException) -> str | None:
 
 
 def _of_network(error: BaseException) -> str | None:
+    if isinstance(error, shutil.Error):
+        return None
     if isinstance(error, OSError) or type(error).__module__.split(".")[0] in NETWORK:
         return f"{_reason(error)}: check the network, then {AGAIN}"
     return None

@@ -80,8 +80,8 @@ def register(experiment: str, build: Build) -> type:
                 cfg.experiment in _builds,
                 f"this SAE was trained by another experiment.py (fingerprint {cfg.experiment!r}; "
                 f"here {', '.join(_builds)}) and is only read by that: the one in its run's own "
-                "folder imports as a module, say `import sys; sys.path.insert(0, 'run_1'); import "
-                "experiment; experiment.register_with_sae_lens()`",
+                "folder imports as a module: in a new Python, `import sys; sys.path.insert(0, "
+                "'run_1'); import experiment; experiment.register_with_sae_lens()`",
             )
             with torch.device("cpu"):
                 self.trained = _builds[cfg.experiment](
@@ -123,6 +123,7 @@ def register(experiment: str, build: Build) -> type:
 
         def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
             found = super().load_state_dict(state_dict, strict=strict, assign=assign)
+            self.trained.eval()
             self.convert_units_()
             return found
 
@@ -199,11 +200,14 @@ def latents_at_once(saes: Iterable, x_BD: torch.Tensor) -> Iterator[tuple]:
         yield from zip((first, *others), found, strict=True)
 
 
-def of_one_seed(sae: torch.nn.Module, seed: int, n_seeds: int) -> dict[str, torch.Tensor]:
-    """What a saved SAE loads: the trained one's whole state, of one seed.  A tensor whose first
-    dimension is not that of the seeds belongs to all of them."""
+def of_one_seed(
+    sae: torch.nn.Module, seed: int, single: torch.nn.Module
+) -> dict[str, torch.Tensor]:
+    """What a saved SAE loads: the trained one's whole state, of one seed.  A tensor that `single`,
+    an SAE of one seed, has in the same shape belongs to all seeds."""
+    shapes = {name: t.shape for name, t in single.state_dict().items()}
     return {
-        f"trained.{name}": (t[seed : seed + 1] if t.dim() and len(t) == n_seeds else t)
+        f"trained.{name}": (t if shapes[name] == t.shape else t[seed : seed + 1])
         .detach()
         .to("cpu", copy=True)
         .contiguous()
@@ -230,10 +234,11 @@ def save_saes(
         for seed, alpha in enumerate(trainer.final_alphas()):
             target = folder / f"layer_{trainer.layer}_seed_{seed}"
             target.mkdir(parents=True, exist_ok=True)
-            raw = of_one_seed(trainer.sae, seed, scale.n_seeds)
+            single = _builds[experiment](d_in=lm.d_in, d_sae=scale.d_sae, **settings)
+            raw = of_one_seed(trainer.sae, seed, single)
             save_tensors(raw, target / "raw.safetensors")
             with trainer.averaged():
-                weights = of_one_seed(trainer.sae, seed, scale.n_seeds)
+                weights = of_one_seed(trainer.sae, seed, single)
             save_tensors(weights, target / "sae_weights.safetensors")
             config = {
                 "architecture": ARCHITECTURE,
@@ -278,18 +283,36 @@ def check_saved(
     """
     scale, device = trainer.units.scale, next(trainer.sae.parameters()).device
     sae, rows_BD = load_sae(folder).to(device), rows_BD.float().to(device)
+    alphas, nothing = trainer.final_alphas(), torch.zeros(1, device=device)
     with trainer.averaged():
-        trained_f = trainer.sae.encode(rows_BD * scale, trainer.final_alphas(), torch.float32)
+        trained_f = trainer.sae.encode(rows_BD * scale, alphas, torch.float32)
         trained_x_hat = trainer.sae.decode(trained_f)[seed] / scale
+        forward = trainer.sae(rows_BD * scale, alphas, nothing, torch.float32)
     trained_f = trained_f[seed] * sae.latent_units
     f = sae.encode(rows_BD)
+    l0, mse = (f > 0).sum(-1).float().mean(), (rows_BD - sae.decode(f)).square().sum(-1).mean()
+    some = rows_BD[:64]
+    demands = {
+        "latents are below 0; a latent fires where it is above": (f.clamp_max(0).norm() / f.norm()),
+        "latents come out otherwise when they are read again": _relative(sae.encode(rows_BD), f),
+        "latents depend on what else is in the batch": _relative(sae.encode(some), f[:64]),
+        "L0 in forward() is not that of encode()": (forward.l0_S[seed] / l0 - 1).abs(),
+        "mse in forward() is not that of decode(encode())": (
+            forward.mse_S[seed] / (mse * scale**2) - 1
+        ).abs(),
+    }
+    for what, error in demands.items():
+        require(
+            float(error) <= 1e-3,  # means over tokens round in forward()
+            f"the SAE saved as {folder.name} is not what was trained: its {what} (relative "
+            f"{float(error):.2g}, on held-out rows); nothing was evaluated",
+        )
     # An activation that cuts (TopK, a threshold) can turn a tie by rounding: the two rows of a
     # thousand that differ most are left out.
     kept = (f - trained_f).norm(dim=-1).argsort()[: len(f) - 1 - len(f) // 500]
     rows_BD, f, trained_f, trained_x_hat = (t[kept] for t in (rows_BD, f, trained_f, trained_x_hat))
     flipped = (f > 0) != (trained_f > 0)
     flipped &= (f - trained_f).abs() > allowed * trained_f.abs().max()  # more than rounding
-    some = rows_BD[:64]
     errors = {
         "latents": _relative(f, trained_f),
         "L0": flipped.sum().item() / max(1, (trained_f > 0).sum().item()),

@@ -5,8 +5,10 @@ window, generator or optimiser group needs no line here, and what two names shar
 What cannot be put back is refused by name instead of being lost.
 """
 
+import contextlib
 import io
 import pickle
+import sys
 import types
 from collections import deque
 from collections.abc import Iterator
@@ -37,6 +39,37 @@ def check_kept(state: dict) -> None:
         raise ExperimentError(
             f"a checkpoint would lose {name}, of type {kind} ({error}): keep what it needs as "
             "numbers, tensors, a torch.Generator or other things that can be pickled"
+        )
+
+
+def outside(module: str) -> dict[str, bytes]:
+    """What a module and its classes hold beside objects, functions left out: {name: pickled}."""
+    space = vars(sys.modules[module])
+    values = {name: v for name, v in space.items() if not name.startswith("__")}
+    for name, kind in [*values.items()]:
+        if isinstance(kind, type) and kind.__module__ == module:
+            own = {f"{name}.{key}": v for key, v in vars(kind).items() if not key.startswith("_")}
+            values |= own
+    found = {}
+    for name, value in values.items():
+        if not callable(value) and not isinstance(value, types.ModuleType):
+            with contextlib.suppress(Exception):  # what cannot be pickled cannot be watched
+                found[name] = pickle.dumps(value)
+    return found
+
+
+def check_outside(module: str, before: dict[str, bytes]) -> None:
+    """Raises ExperimentError if anything of outside() has changed: no checkpoint and no saved SAE
+    would hold it."""
+    now = outside(module)
+    changed = sorted(
+        name for name in before.keys() | now.keys() if before.get(name) != now.get(name)
+    )
+    if changed:
+        raise ExperimentError(
+            f"training changed {', '.join(changed)}, of the script and not of an object: a "
+            "checkpoint and a saved SAE would lose it; make it an attribute of the trainer, or a "
+            "buffer of the SAE"
         )
 
 

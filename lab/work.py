@@ -13,13 +13,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lab import activations, checkpoints, online_absorption, state
+from lab import activations, checkpoints, devices, online_absorption, state
 from lab.identity import code_behind
 from lab.language_model import LanguageModel
 from lab.process import ExperimentError, say
 from lab.scales import Scale
 from lab.storage import cache_root, json_text, write_atomically
 
+FINISHED = "finished"  # a file in work that is over
 LIMIT = 20e9  # bytes: a gemma-2-2b run's two checkpoints take 3
 
 
@@ -46,9 +47,9 @@ class Work:
             remove_abandoned(besides=self.name)
             yield
 
-    def finished(self) -> None:
-        """What was needed of it lies in the run's folder."""
-        remove_work(self.name)
+    def mark_finished(self) -> None:
+        """All that was needed of it lies in the run's folder: from here on it may be removed."""
+        (self.folder / FINISHED).touch()
 
 
 def work_root() -> Path:
@@ -68,8 +69,9 @@ def _lock(name: str) -> Iterator[bool]:
 
 
 def remove_work(name: str) -> None:
-    """Of a run that is finished; it may have been killed just before it did this itself."""
-    if (work_root() / name).is_dir():
+    """Of a run that is finished, if it is marked so: work of the same name without the mark is that
+    of the same run in another folder."""
+    if (work_root() / name / FINISHED).exists():
         shutil.rmtree(work_root() / name, ignore_errors=True)
 
 
@@ -104,7 +106,7 @@ def training_identity(
 ) -> dict:
     """Everything that decides what training computes, and nothing that only scores it."""
     unread = ("title", "readout_alphas")
-    rooms = (activations, online_absorption, checkpoints, state)
+    rooms = (activations, checkpoints, devices, online_absorption, state)
     return {
         "run_name": run_name,
         "run": {name: v for name, v in settings["run"].items() if name not in unread},

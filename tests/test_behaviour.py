@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -655,16 +656,25 @@ def test_a_signal_before_training_leaves_a_folder_that_the_same_command_accepts(
 
 
 @pytest.fixture
-def stopped(run, cache, tmp_path) -> SimpleNamespace:
-    """run_7 stopped in training; the name of its work."""
-    in_step = SIGNAL_AT.format(
-        where="experiment.Trainer.step", when="arguments[0].steps_done == 2", name="SIGTERM"
-    )
-    assert_stopped(run("--out_dir=run_7", patch=in_step), 75, "SIGTERM")
-    (work,) = (cache / "training").glob("*/")
-    return SimpleNamespace(
-        folder=tmp_path / "run_7", files=tiny.tree(tmp_path), work=work, held=tiny.tree(work)
-    )
+def stop(run, cache, tmp_path) -> Callable[[], SimpleNamespace]:
+    """Stops run_7 in its training; returns what that left."""
+
+    def stopped() -> SimpleNamespace:
+        in_step = SIGNAL_AT.format(
+            where="experiment.Trainer.step", when="arguments[0].steps_done == 2", name="SIGTERM"
+        )
+        assert_stopped(run("--out_dir=run_7", patch=in_step), 75, "SIGTERM")
+        (work,) = (cache / "training").glob("*/")
+        return SimpleNamespace(
+            folder=tmp_path / "run_7", files=tiny.tree(tmp_path), work=work, held=tiny.tree(work)
+        )
+
+    return stopped
+
+
+@pytest.fixture
+def stopped(stop) -> SimpleNamespace:
+    return stop()
 
 
 def test_another_configuration_or_code_does_not_take_up_what_the_first_left(
@@ -712,6 +722,16 @@ def test_a_second_process_with_the_same_work_stops_with_an_error(run, stopped, t
         process = run("--out_dir=other/run_7")
         assert process.returncode == 1
         assert_refused(process, "another process is training the same run", "wait for it")
+    assert tiny.tree(stopped.work) == stopped.held
+
+
+def test_a_finished_run_leaves_the_work_of_the_same_run_in_another_folder_alone(run, stop):
+    """It may be somebody's who is training at this moment."""
+    process = run("--out_dir=elsewhere/run_7", quick=True)
+    assert (process.returncode, process.stderr) == (0, "")
+    stopped = stop()
+    process = run("--out_dir=elsewhere/run_7", quick=True)
+    assert "is finished (final_info.json is there): nothing to do" in process.stdout
     assert tiny.tree(stopped.work) == stopped.held
 
 

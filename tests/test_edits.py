@@ -191,6 +191,84 @@ def test_what_training_changes_and_no_state_dict_holds_is_refused_after_training
     assert not (tmp_path / "run_1/final_info.json").exists()
 
 
+FORWARD = "        f = self.encode(x, alphas, dtype)\n"
+CUT = "        f = f * (f >= f.topk(4).values[..., -1:])\n"
+LEAKY = ENCODE.replace(".relu()", "").replace("return ", "z = ")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        ([(FORWARD, FORWARD + CUT)], "L0 in forward() is not that of encode()"),
+        (
+            [("x - self.decode(f)", "x - 0.9 * self.decode(f)")],
+            "mse in forward() is not that of decode(encode())",
+        ),
+        (
+            [(ENCODE, f"{LEAKY}\n        return torch.where(z > 0, z, 0.01 * z)")],
+            "latents are below 0",
+        ),
+        (
+            [
+                (
+                    ENCODE,
+                    f"f = {ENCODE[7:]}\n        least = f.flatten(1).topk(8 * x.shape[0]).values"
+                    "\n        return f * (f >= least[:, -1, None, None])",
+                )
+            ],
+            "latents depend on what else is in the batch",
+        ),
+        (
+            [(ENCODE, f"{ENCODE}.mul(1 + 0.1 * torch.rand_like(self.b_enc)[:, None, :])")],
+            "latents come out otherwise when they are read again",
+        ),
+        (
+            [("        alphas, targets = self.schedule_at(step)\n",
+              "        alphas, targets = self.schedule_at(step)\n"
+              "        alphas = [1 - a for a in alphas]\n")],
+            "the last step trained with alpha [0.09",
+        ),
+        (
+            [("        forward = sae(x, alphas,", "        forward = sae(0.2 * x, alphas,")],
+            "step() does not train on what the SAE will read",
+        ),
+        (
+            [
+                ("CONTROL =", "FLOOR = [0.0]\nCONTROL ="),
+                (AFTER_STEP, AFTER_STEP + "        FLOOR[0] += 0.001\n"),
+            ],
+            "training changed FLOOR, of the script and not of an object",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_trained_elsewhere_than_in_the_sae_is_refused(run_edited, tmp_path, pairs, said):
+    refused(run_edited(*pairs), said)
+    assert not (tmp_path / "run_1/final_info.json").exists()
+
+
+def test_dropout_in_training_mode_only_is_right(run_edited, tmp_path):
+    """Everything that is measured or saved is so in eval mode."""
+    noisy = (
+        f"f = {ENCODE[7:]}\n        return f * torch.rand_like(f).gt(0.1) if self.training else f"
+    )
+    finished(run_edited((ENCODE, noisy)), tmp_path / "run_1")
+
+
+def test_a_file_beside_the_script_belongs_to_its_code_and_is_kept_with_the_run(
+    run_edited, tmp_path
+):
+    folder = edited(tmp_path)
+    (folder / "mine.py").write_text("def activation(z):\n    return z.relu()\n")
+    mine = (
+        ("from lab.work import Work", "from mine import activation\nfrom lab.work import Work"),
+        (ENCODE, f"return activation({ENCODE[7:-7]})"),
+    )
+    finished(run_edited(*mine), tmp_path / "run_1")
+    assert (tmp_path / "run_1/mine.py").exists()
+    (folder / "mine.py").write_text("def activation(z):\n    return z.relu() * 3\n")
+    refused(run_edited(*mine), "the code has changed since run_1 was begun: experiment.py")
+
+
 def test_a_parameter_that_the_seeds_would_share_is_refused_before_any_step(run_edited):
     shared = PARAMETER + "        self.temperature = param(torch.ones(d_sae))\n"
     refused(run_edited((PARAMETER, shared)), "BlendedSAE.temperature has shape (96,)", "2 seeds")

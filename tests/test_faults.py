@@ -20,7 +20,7 @@ import tiny
 from test_behaviour import SIGNAL_AT, assert_refused, assert_stopped
 
 import experiment
-from lab.folders import check_folder
+from lab.folders import is_finished
 from lab.process import ExperimentError
 from lab.results import without_times
 from lab.scales import SCALES
@@ -62,6 +62,18 @@ sys.addaudithook(hook)
 """
 
 
+@pytest.fixture(autouse=True)
+def no_work_is_left(cache):
+    """Unfinished work is taken up by whoever asks for the same training, in any folder."""
+    yield
+    shutil.rmtree(cache / "training", ignore_errors=True)
+
+
+def work_of(cache: Path) -> list[Path]:
+    """Where unfinished runs have theirs."""
+    return sorted((cache / "training").glob("*/"))
+
+
 @pytest.fixture(scope="module")
 def alone_in(tmp_path_factory) -> Path:
     """Where `alone` runs."""
@@ -96,12 +108,14 @@ def stopped(scale, cache, alone, tmp_path_factory) -> SimpleNamespace:
     """run_1 stopped in its last evaluation, with a cache that holds all there is to hold."""
     alone("run_1")
     folder = tmp_path_factory.mktemp("stopped")
+    cache = shutil.copytree(cache, folder / "cache")
     patch = SIGNAL_AT.format(
         where="lab.evaluation.evaluate_absorption", when="True", name="SIGTERM"
     )
     process = tiny.run_script("--out_dir=run_1", scale=scale, cache=cache, cwd=folder, patch=patch)
     assert_stopped(process, 75, "SIGTERM")
-    return SimpleNamespace(folder=folder / "run_1", cache=cache)
+    (work,) = work_of(cache)
+    return SimpleNamespace(folder=folder / "run_1", cache=cache, work=work)
 
 
 def flipped(data: bytes, at: int | None = None) -> bytes:
@@ -122,16 +136,18 @@ LONG = [d if d == "one bit flipped" else pytest.param(d, marks=pytest.mark.fault
 
 
 @pytest.mark.parametrize("damage", LONG)
-@pytest.mark.parametrize("where", ["the cache", "the run"])
+@pytest.mark.parametrize("where", ["the cache", "the run and its work"])
 def test_damage_to_every_file_that_is_trusted_changes_no_number(
     where, damage, stopped, alone, scale, tmp_path
 ):
     shutil.copytree(stopped.folder, tmp_path / "run_1")
     shutil.copytree(stopped.cache, tmp_path / "cache")
     # config.json says whose folder it is: a damaged one is refused, which has a test of its own.
-    root = tmp_path / ("cache" if where == "the cache" else "run_1")
-    files = [p for p in root.rglob("*") if p.is_file() and p.name != "config.json"]
+    files = [p for p in tmp_path.rglob("*") if p.is_file() and p != tmp_path / "run_1/config.json"]
     files = [p for p in files if p.suffix != ".lock" and p.name != ".lock" and p.stat().st_size]
+    kept = [p for p in files if p.is_relative_to(tmp_path / "cache")]
+    kept = [p for p in kept if not p.is_relative_to(tmp_path / "cache" / "training")]
+    files = kept if where == "the cache" else [p for p in files if p not in kept]
     assert len(files) > 10
     for path in files:
         path.write_bytes(DAMAGE[damage](path.read_bytes()))
@@ -153,6 +169,7 @@ def test_a_finished_run_that_was_changed_is_refused_by_name_and_left_out_of_the_
     alone("run_1")
     shutil.copytree(alone_in / "run_1", tmp_path / "run_1")
     monkeypatch.setitem(SCALES, scale.name, scale)
+    monkeypatch.setitem(experiment.RECIPES, scale.name, tiny.RECIPE)
     monkeypatch.setenv("EXPERIMENT_SCALE", scale.name)
     argument = f"--out_dir={tmp_path / 'run_1'}"
     files = [p for p in (tmp_path / "run_1").rglob("*") if p.is_file() and p.name != ".lock"]
@@ -189,17 +206,19 @@ def test_no_flipped_bit_in_a_configuration_is_taken_for_a_run_that_was_asked_for
     shutil.copytree(alone_in / "run_1", folder)
     good = (folder / "config.json").read_bytes()
     config = json.loads(good)
-    identity = {name: config[name] for name in ("run_name", "run", "scale")}
+    names = ("run_name", "run", "recipe", "scale", "experiment")
+    identity = {name: config[name] for name in names}
     sums, refused = config["sha256"], 0
     for at in range(len(good)):
         (folder / "config.json").write_bytes(flipped(good, at))
         try:
-            assert check_folder(folder, identity)
+            assert is_finished(folder, identity)
         except ExperimentError:
             refused += 1
             continue
         found = json.loads((folder / "config.json").read_bytes())
         assert {name: found[name] for name in identity} == identity
+        assert found["laboratory"] == config["laboratory"]
         claimed = found.get("sha256", {})  # of a file whose name was changed nothing is claimed
         assert {n: claimed[n] for n in claimed.keys() & sums.keys()}.items() <= sums.items()
     assert refused > len(good) / 4
@@ -210,11 +229,15 @@ def test_damage_to_what_sae_bench_wrote_for_a_stopped_run_is_not_taken_over(
 ):
     """Its numbers are remembered elsewhere: the files beside them have to be right as well."""
     shutil.copytree(stopped.folder, tmp_path / "run_1")
-    written = [*(tmp_path / "run_1" / "eval").rglob("*.json")]
+    shutil.copytree(stopped.cache, tmp_path / "cache")
+    written = [*tmp_path.glob("cache/training/*/evaluated_*/eval/**/*.json")]
     assert written
     for path in written:
         path.write_bytes(flipped(path.read_bytes()))
-    arguments = {"scale": scale, "cache": stopped.cache, "cwd": tmp_path}
+    written = [
+        tmp_path / "run_1" / Path(*path.parts[path.parts.index("eval") :]) for path in written
+    ]
+    arguments = {"scale": scale, "cache": tmp_path / "cache", "cwd": tmp_path}
     process = tiny.run_script("--out_dir=run_1", **arguments)
     assert (process.returncode, process.stderr) == (0, "")
     assert "is damaged and is made again" in process.stdout
@@ -228,22 +251,30 @@ def test_damage_to_what_sae_bench_wrote_for_a_stopped_run_is_not_taken_over(
 # ── Resources and concurrency ───────────────────────────────────────────────────────────────────
 
 
-def test_a_cache_that_is_removed_while_a_run_uses_it_is_made_again(scale, alone, cache, tmp_path):
+@pytest.mark.parametrize("at", [9, 10, 17])
+def test_a_cache_that_is_removed_while_a_run_uses_it_is_made_again(
+    at, scale, alone, cache, tmp_path
+):
+    """With the run's own work in it, before the first lines of the log were written and after."""
     alone("run_1")
     shutil.copytree(cache, tmp_path / "cache")
     patch = """
 import shutil
 real = experiment.Trainer.step
 def step(self, x):
-    if self.steps_done == 9:
+    if self.steps_done == {at}:
         shutil.rmtree(lab.storage.cache_root())
     return real(self, x)
 experiment.Trainer.step = step
 """
-    arguments = {"scale": scale, "cache": tmp_path / "cache", "cwd": tmp_path}
-    process = tiny.run_script("--out_dir=run_1", patch=patch, **arguments)
+    patch = patch.replace("{at}", str(at))
+    how = {"scale": scale, "cache": tmp_path / "cache", "cwd": tmp_path, "patch": patch}
+    process = tiny.run_script("--out_dir=run_1", **how)
     assert (process.returncode, process.stderr) == (0, "")
     assert final_info(tmp_path / "run_1") == alone("run_1")
+    log = (tmp_path / "run_1" / "training_log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == list(range(20))
+    assert not work_of(tmp_path / "cache")
 
 
 def test_a_cache_that_cannot_be_written_is_one_clear_sentence(scale, tmp_path):
@@ -254,12 +285,17 @@ def test_a_cache_that_cannot_be_written_is_one_clear_sentence(scale, tmp_path):
     assert (tmp_path / "cache").read_text() == "a file"
 
 
-def test_memory_that_runs_out_is_one_clear_sentence(scale, alone, cache, tmp_path):
+def test_memory_that_runs_out_is_one_clear_sentence_under_the_line_that_asked_for_it(
+    scale, alone, cache, tmp_path
+):
     alone("run_1")
     limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (8 * 2**30,) * 2)"
     wide = replace(scale, d_sae=40_000_000)  # 10 GB of weights
     process = tiny.run_script("--out_dir=run_7", scale=wide, cache=cache, cwd=tmp_path, patch=limit)
-    assert_refused(process, "memory is full", "run the same command again")
+    assert process.returncode == 1
+    *traceback, last = process.stderr.splitlines()
+    assert last.startswith("error: memory is full") and "run the same command again" in last
+    assert any(f'{experiment.__file__}"' in line for line in traceback), "an experimenter's size"
 
 
 # main() in one process, again and again until it ends well: the first file with `place` in its
@@ -318,9 +354,10 @@ def test_a_disk_that_is_full_at_any_kind_of_file_is_one_clear_sentence_and_no_lo
     shutil.copytree(cache / "documents", tmp_path / "cache" / "documents")
     (tmp_path / "disk").mkdir()
     (tmp_path / "run_1").symlink_to("disk")
-    places = ["/.lock", "config.json", "disk/experiment.py", "probe.pth",
-              "residuals.safetensors", "training_log.jsonl", "checkpoint/partial", "sae_weights",
-              "fidelity", "probing/", "prompts", "final_info.json"]  # fmt: skip
+    places = ["/.lock", "config.json", "disk/experiment.py", "probe.pth", "training/", "identity",
+              "residuals.safetensors", "training_log.jsonl", "/partial", "sae_weights",
+              "fidelity", "probing/", "prompts", "disk/training_log.jsonl", "disk/sae/layer",
+              "disk/eval/", "final_info.json"]  # fmt: skip
     patch = NO_ROOM.format(places=places, root=str(tmp_path))
     arguments = {"scale": scale, "cache": tmp_path / "cache", "cwd": tmp_path}
     process = tiny.run_script("--out_dir=run_1", patch=patch, **arguments)
@@ -331,8 +368,10 @@ def test_a_disk_that_is_full_at_any_kind_of_file_is_one_clear_sentence_and_no_lo
     assert len(errors) == len(places)
     for place, error in zip(places, errors, strict=True):
         assert error.startswith("error: "), place
-        assert "No space left on device" in error or "a file could not be written" in error, place
+        assert "No space left on device" in error or "file could not be written" in error, place
         assert "free space" in error and "run the same command again" in error, place
+        assert place in error or place == "probe.pth", "torch.save does not say where"
+    assert not work_of(tmp_path / "cache")
     assert final_info(tmp_path / "run_1") == alone("run_1")
     assert (tmp_path / "run_1").is_symlink()
 
@@ -582,9 +621,11 @@ def test_a_hundred_kills_at_random_moments_lose_no_run(alone, scale, tmp_path):
             if not killed(process, r.uniform(0, whole)):
                 break
             kills += 1
+            if r.random() < 0.3:  # as a loop that deletes what did not finish
+                shutil.rmtree(tmp_path / "run_1", ignore_errors=True)
         process = tiny.run_script("--out_dir=run_1", **arguments)
         assert (process.returncode, process.stderr) == (0, ""), (runs, kills)
         assert final_info(tmp_path / "run_1") == alone("run_1"), (runs, kills)
-        assert not (tmp_path / "run_1" / "checkpoint").exists()
+        assert not work_of(tmp_path / "cache")
         runs += 1
     print(f"{kills} kills, {runs} runs, none lost")
