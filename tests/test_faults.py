@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 from test_behaviour import SIGNAL_AT, assert_refused, assert_stopped
 
 import experiment
@@ -24,6 +25,7 @@ from lab.folders import is_finished
 from lab.process import ExperimentError
 from lab.results import without_times
 from lab.scales import SCALES
+from lab.storage import file_sha256
 
 KILLS = 100  # of the long form
 
@@ -530,6 +532,41 @@ def test_nothing_is_unpickled_but_checked_entries_of_the_cache(alone, alone_in, 
     assert any(path.endswith("probe.pth") for path in found), "SAE-Bench's own probes"
     for path in found:
         assert path.startswith(str(cache)), path
+
+
+class Evil:
+    """Whoever unpickles it writes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_of_a_stopped_run_only_its_own_checkpoint_is_unpickled(alone, scale, cache, tmp_path):
+    """Not what lies beside it under such a name, however it is called."""
+    alone("run_1")
+    arguments = {"scale": scale, "cache": cache, "cwd": tmp_path, "quick": True}
+    patch = SIGNAL_AT.format(where="experiment.Trainer.step", when="True", name="SIGTERM")
+    assert_stopped(tiny.run_script("--out_dir=run_7", patch=patch, **arguments), 75, "SIGTERM")
+    (work,) = work_of(cache)
+    (own,) = work.glob("step_*")
+    torch.save({"step": 1, "log": Evil(tmp_path / "executed")}, tmp_path / "evil")
+    evil = (tmp_path / "evil").read_bytes()
+    names = (f"step_00000019_{own.stem[-16:]}.pt", f"step_00000018_{file_sha256(own)[:16]}.pt")
+    for name in names:
+        (work / name).write_bytes(evil)
+    patch = LISTENING.format(notes=str(tmp_path / "unpickled.json"))
+    process = tiny.run_script("--out_dir=run_7", patch=patch, **arguments)
+    assert (process.returncode, process.stderr) == (0, "")
+    for name in names:
+        assert f"checkpoint {name} is damaged, or not of this run: not used" in process.stdout
+    assert "going on from the checkpoint of step 1" in process.stdout
+    assert not (tmp_path / "executed").exists()
+    assert json.loads((tmp_path / "unpickled.json").read_text()) == [str(own)]
+    torch.load(tmp_path / "evil", weights_only=False)
+    assert (tmp_path / "executed").exists(), "it would have been seen"
 
 
 def test_no_token_and_nothing_of_the_environment_is_written_or_printed(alone, alone_in, cache):
