@@ -105,11 +105,17 @@ def test_finished_parts_of_other_weights_settings_or_code_are_not_taken_up(
 # ── Saved SAEs are what was trained ─────────────────────────────────────────────────────────────
 
 
-def test_saes_that_compute_what_was_trained_are_evaluated(trained, capsys):
-    trainer = trained.trainer
+def check(trained, saved: dict[str, Path] | None = None, **last) -> None:
+    """check_all(), with other values in the last line of the log."""
+    records = [*trained.records[:-1], trained.records[-1] | last]
+    saes = {1: saved or trained.saved}
     lab.evaluation.check_all(
-        trained.scale, trained.lm, [trainer], {1: trained.saved}, trained.heldout
+        trained.scale, trained.lm, [trained.trainer], saes, trained.heldout, records
     )
+
+
+def test_saes_that_compute_what_was_trained_are_evaluated(trained, capsys):
+    check(trained)
     assert "every saved SAE, loaded afresh, computes what was trained" in capsys.readouterr().out
 
 
@@ -118,10 +124,20 @@ def test_one_saved_sae_with_other_weights_stops_the_evaluation_and_is_named(trai
     saved = {name: shutil.copytree(p, tmp_path / p.name) for name, p in trained.saved.items()}
     last = list(saved.values())[-1]
     shutil.copyfile(last / "raw.safetensors", last / "sae_weights.safetensors")
-    with pytest.raises(ExperimentError, match=f"{last.name} does not compute what was trained"):
-        lab.evaluation.check_all(
-            trained.scale, trained.lm, [trained.trainer], {1: saved}, trained.heldout
-        )
+    with pytest.raises(ExperimentError, match=f"{last.name} is not what was trained"):
+        check(trained, saved)
+
+
+def test_saes_that_are_far_from_what_the_last_step_logged_stop_the_evaluation(trained):
+    """They were trained on something else, or at another alpha, than they will be read with."""
+    logged = trained.records[-1]
+    with pytest.raises(ExperimentError, match="the last step trained with alpha"):
+        check(trained, alpha=[0.5 * value for value in logged["alpha"]])
+    for name in ("l0", "mse"):
+        for factor in (0.1, 10):
+            other = [logged[name][0], factor * logged[name][1]]
+            with pytest.raises(ExperimentError, match=f"layer 1, seed 1: .* logged {name} "):
+                check(trained, **{name: other})
 
 
 # ── Whole runs ──────────────────────────────────────────────────────────────────────────────────
