@@ -220,7 +220,7 @@ LEAKY = ENCODE.replace(".relu()", "").replace("return ", "z = ")
         ),
         (
             [(ENCODE, f"{ENCODE}.mul(1 + 0.1 * torch.rand_like(self.b_enc)[:, None, :])")],
-            "latents come out otherwise when they are read again",
+            "gives other latents when it reads the same rows again",
         ),
         (
             [("        alphas, targets = self.schedule_at(step)\n",

@@ -241,9 +241,13 @@ def test_a_run_killed_while_its_files_were_put_in_place_is_finished_by_the_next_
 def test_work_that_outlived_its_finished_run_is_removed_by_the_next_look(run):
     """The run may have been killed in its last moment."""
     config = finished(run)
-    (work_root() / config["work"]).mkdir()
+    work = work_root() / config["work"]
+    work.mkdir()
     assert is_finished(run, IDENTITY)
-    assert not (work_root() / config["work"]).exists()
+    assert work.exists(), "without the mark it is the same run's in another folder"
+    (work / "finished").touch()
+    assert is_finished(run, IDENTITY)
+    assert not work.exists()
 
 
 @pytest.mark.parametrize("name", ["../../precious", "..", ".", "", 3, None, "a/b"])

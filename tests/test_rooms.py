@@ -122,3 +122,8 @@ def test_a_file_is_no_longer_than_its_limit(name, lines, size):
     found = held.count(b"\n"), len(held)  # else the message of a failure holds the whole file
     assert found[0] <= lines
     assert size is None or found[1] <= size
+
+
+def test_the_readme_says_how_large_the_edited_file_is():
+    size = len((ROOT / "experiment.py").read_bytes())
+    assert f"{size:,} bytes" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -88,7 +88,10 @@ def test_what_was_there_stays_when_it_is_claimed_again_and_goes_when_it_is_finis
         (work.folder / "training_log.jsonl").write_text("{}\n")
     with work.claimed():
         assert (work.folder / "training_log.jsonl").read_text() == "{}\n"
-        work.finished()
+        remove_work(work.name)
+        assert work.folder.exists(), "it may be the same run's in another folder"
+        work.mark_finished()
+        remove_work(work.name)
         assert not work.folder.exists()
     remove_work(work.name)  # twice does no harm
     remove_work("0123456789abcdef")
