@@ -37,11 +37,15 @@ def json_text(value: object) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Readers see the old file or the whole new one, whatever happens in between."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:  # a full disk does not say which file it was
+        error.filename = error.filename or str(path)
+        raise
 
 
 @contextlib.contextmanager
