@@ -356,7 +356,7 @@ def test_a_disk_that_is_full_at_any_kind_of_file_is_one_clear_sentence_and_no_lo
     shutil.copytree(cache / "documents", tmp_path / "cache" / "documents")
     (tmp_path / "disk").mkdir()
     (tmp_path / "run_1").symlink_to("disk")
-    places = ["/.lock", "config.json", "disk/experiment.py", "probe.pth", "training/", "identity",
+    places = ["/.lock", "config.json", "disk/.experiment.py", "probe.pth", "training/", "identity",
               "residuals.safetensors", "training_log.jsonl", "/partial", "sae_weights",
               "fidelity", "probing/", "prompts", "disk/training_log.jsonl", "disk/sae/layer",
               "disk/eval/", "final_info.json"]  # fmt: skip
