@@ -161,6 +161,8 @@ def caught(script, error: BaseException, in_the_laboratory: bool, tmp_path) -> B
 
 
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device", "run_7/x")
+# As shutil.copyfile has it: from where, and to where.
+NO_SPACE_FOR_A_COPY = OSError(errno.ENOSPC, "No space left on device", "cache/x", None, "run_7/x")
 TORCH_SAVE = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
 NO_MEMORY = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
 
@@ -169,6 +171,7 @@ NO_MEMORY = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate mem
     ("error", "said"),
     [
         (NO_SPACE, "error: No space left on device at run_7/x: free space or fix the folder"),
+        (NO_SPACE_FOR_A_COPY, "error: No space left on device at run_7/x: free space"),
         (TORCH_SAVE, "error: a file could not be written: free space"),
         (FileNotFoundError(2, "No such file", "x.pt"), "error: No such file at x.pt: free space"),
         (ConnectionError("gone\nfor long"), "error: gone: check the network, then run the same"),
