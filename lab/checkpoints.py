@@ -48,7 +48,7 @@ class TrainingLog:
         lines = "".join(json.dumps(r, allow_nan=False) + "\n" for r in records).encode()
         if not self.writes:
             return
-        if self.size and not self.path.exists():  # somebody emptied the cache meanwhile
+        if not self.path.exists():  # somebody emptied the cache meanwhile
             whole = "".join(json.dumps(r, allow_nan=False) + "\n" for r in self.records).encode()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_bytes(whole[: self.size])

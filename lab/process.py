@@ -191,7 +191,9 @@ def _of_disk(error: BaseException) -> str | None:
     if lost or not (unwritten or getattr(error, "errno", None)):
         return None
     reason = "a file could not be written" if unwritten else _reason(error)
-    where = f" at {error.filename}" if getattr(error, "filename", None) else ""
+    # Of a copy the second file is the one that was written.
+    path = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    where = f" at {path}" if path else ""
     return (
         f"{reason}{where}: free space or fix the folder, then {AGAIN} (what was written before is "
         "still valid)"

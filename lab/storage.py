@@ -61,10 +61,12 @@ def disk_errors_named(path: Path) -> Iterator[None]:
         raise OSError(errno.EIO, reason, str(path)) from error
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def save_tensors(
+    tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
     """safetensors' save_file(), whose errors do not say which file it was."""
     with disk_errors_named(path):
-        save_file(tensors, path)
+        save_file(tensors, path, metadata=metadata)
 
 
 def remembered(path: Path, compute: Callable[[], object], beside: Path | None = None) -> object:
