@@ -29,6 +29,8 @@ what is finished stays as it is, and an edited script wants another folder, or t
 Shape letters: S seeds, B tokens of a batch, N tokens or words, L positions, D d_in, F d_sae latents
 """
 
+import lab  # isort: skip: before any package, it says which Python and systems have them all
+
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -40,11 +42,10 @@ from typing import NamedTuple
 import torch
 
 from lab import saved_sae
-from lab.absorption import first_letter_probes
 from lab.activations import ActivationStream, Calibration
-from lab.checkpoints import Checkpoints, Keeper, TrainingLog
+from lab.checkpoints import Checkpoints, Keeper
 from lab.devices import Ranks, training_device
-from lab.evaluation import check_all, evaluate
+from lab.evaluation import check_all, evaluate, prepare
 from lab.folders import begin, chosen_run, finish, is_finished
 from lab.identity import experiment_fingerprint
 from lab.language_model import LanguageModel, load_language_model
@@ -57,6 +58,7 @@ from lab.seeds import generators, seed_everything, seed_for, set_generators
 from lab.state import check_kept, check_outside, outside
 from lab.summary import print_summary
 from lab.text import heldout_contexts
+from lab.training_log import TrainingLog
 from lab.work import Work, training_identity
 
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -814,9 +816,8 @@ def execute(out_dir: Path, name: str, scale: Scale, ranks: Ranks, signals: Signa
     lm = load_language_model(scale)
     heldout, first_document = heldout_contexts(scale, lm)
     clock.lap("language model and text")
-    for layer in scale.layers:
-        first_letter_probes(scale, lm, layer)
-    clock.lap("first-letter probes")
+    prepare(scale, lm)
+    clock.lap("first-letter probes and probing texts")
 
     work = Work(training_identity(name, scale, lm, settings, experiment))
     with work.claimed() if first else nullcontext():
@@ -847,6 +848,7 @@ def execute(out_dir: Path, name: str, scale: Scale, ranks: Ranks, signals: Signa
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 an error (last on stderr), 75 stopped by SIGTERM, 130 by Ctrl-C: the
     same command goes on after the last two."""
+    lab.speak_plainly()
     try:
         signals = Signals()
         titles = {name: run.title for name, run in RUNS.items()}

@@ -12,6 +12,8 @@ error bar.  A missing value is a gap or a dash, never a 0.  Scales and layers ne
 or a table.  Steadiness is judged on the raw loss: an averaged one is smooth by construction.
 """
 
+import lab  # isort: skip: before any package, it says which Python and systems have them all
+
 import argparse
 import math
 import re
@@ -291,6 +293,7 @@ def compare(folder: Path) -> None:
 
 
 def main() -> None:
+    lab.speak_plainly()
     parser = argparse.ArgumentParser(description="Compare the runs in a folder.")
     parser.add_argument("folder", nargs="?", type=Path, default=Path(), help="default: this one")
     folder = parser.parse_args().folder

@@ -43,12 +43,13 @@ def cosine_sae(model: Path, documents: Path, tokens: int, seeds: int = 1) -> dic
     sys.path.insert(0, str(HERE.parent))
     import experiment
     from lab.absorption import first_letter_probes
-    from lab.checkpoints import Checkpoints, Keeper, TrainingLog
+    from lab.checkpoints import Checkpoints, Keeper
     from lab.devices import Ranks
     from lab.language_model import load_language_model
     from lab.process import Signals
     from lab.scales import SCALES
     from lab.text import heldout_contexts
+    from lab.training_log import TrainingLog
 
     scale = replace(SCALES["laptop"], n_seeds=seeds, training_tokens=tokens, keep_activations=False)
     lm = load_language_model(scale)

@@ -54,12 +54,12 @@ from lab.activations import (
     shuffled_batches,
     without_outliers,
 )
-from lab.checkpoints import settled
 from lab.devices import Ranks, training_device
 from lab.language_model import LanguageModel
 from lab.online_absorption import OnlineAbsorption
 from lab.scales import SCALES, Scale
 from lab.storage import json_text, versions, write_atomically
+from lab.training_log import settled
 
 GEMMA_2_2B = {
     "hidden_size": 2304,

@@ -8,6 +8,24 @@ import os
 import sys
 from pathlib import Path
 
+# Said here, before any package is imported that may not be there for want of a wheel.
+if sys.platform == "win32":
+    raise SystemExit("error: Windows lacks the file locks used here: run this inside WSL")
+if not (3, 11) <= sys.version_info[:2] <= (3, 12):
+    raise SystemExit(
+        "error: not every pinned package has a wheel for Python {}.{}: use Python 3.11 or 3.12 "
+        "(python3.12 -m venv .venv)".format(*sys.version_info)
+    )
+
+
+def speak_plainly() -> None:
+    """Where stdout or stderr is not UTF-8, what it cannot say becomes "?": nobody should lose a
+    run's last lines to a sign."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # else it is somebody's substitute
+            stream.reconfigure(errors="replace")
+
+
 # Paths that the environment gives mean the folder where the command was typed; SAE-Bench works in
 # another one, and would look there.  Must stand before the hub's client reads them.
 for _name in (

@@ -15,6 +15,7 @@ from lab.storage import cached, disjoint, save_tensors
 
 def first_letter_probes(scale: Scale, lm: LanguageModel, layer: int) -> Path:
     """SAE-Bench's first-letter probes of one layer, trained once; probe.safetensors is ours."""
+    lm = lm.reading_in(getattr(torch, scale.evaluation_dtype))
 
     def build(folder: Path) -> None:
         from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
@@ -67,6 +68,7 @@ def evaluate_absorption(
     scale: Scale, lm: LanguageModel, layer: int, saved: dict[str, Path], folder: Path
 ) -> list[dict | None]:
     """SAE-Bench absorption of the saved SAEs; None where the model knows too few letters for it."""
+    lm = lm.reading_in(getattr(torch, scale.evaluation_dtype))
     probes, config = first_letter_probes(scale, lm, layer), absorption_config(scale, lm)
     saes = [(name, load_sae(path).to(lm.device)) for name, path in saved.items()]
     with sae_bench(scale, lm, folder, probes) as bench:

@@ -4,6 +4,7 @@ import contextlib
 import math
 import random
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from lab.hub import copy_of
 from lab.language_model import LanguageModel
 from lab.packaged_text import TASKS, task_of_pairs
 from lab.process import require
@@ -84,13 +86,30 @@ def load_data_only(name: str, *args, trust_remote_code: bool = False, languages=
     """datasets.load_dataset as SAE-Bench calls it, but no code from the hub is ever executed.
 
     SAE-Bench asks so for one dataset, github-code, whose script only adds each file's language:
-    here its parquet files are read instead, in the same order, and the language is added.
+    here its parquet files are read instead, in the same order, and the language is added.  Where
+    there is no network, what the hub's client keeps of a dataset is read.
     """
     from datasets import load_dataset
 
+    def load(here: str):
+        if languages is None:
+            return load_dataset(here or name, *args, **how)
+        files = f"{here or f'hf://datasets/{name}'}/data/train-*.parquet"
+        return load_dataset("parquet", data_files=files, **how)
+
+    try:
+        rows = load("")
+    except Exception as error:  # no network: the libraries in between have their own errors
+        folder = copy_of(name, "dataset")
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        require(
+            folder is not None,
+            f"the dataset {name} could not be read ({reason}), and no copy of it is kept on this "
+            "machine: check the network, then run the same command again",
+        )
+        rows = load(str(folder))
     if languages is None:
-        return load_dataset(name, *args, **how)
-    rows = load_dataset("parquet", data_files=f"hf://datasets/{name}/data/train-*.parquet", **how)
+        return rows
     return (
         {"code": row["content"], "language": language}
         for row in rows
@@ -134,7 +153,9 @@ def sae_bench(
     from sae_bench.evals.sparse_probing import main as probing
     from sae_bench.sae_bench_utils import activation_collection, dataset_info, dataset_utils
 
-    seed = scale.evaluation_seed
+    seed, dtype = scale.evaluation_seed, getattr(torch, scale.evaluation_dtype)
+    if lm.dtype != dtype:  # SAE-Bench would note down another dtype than is read
+        raise ValueError(f"the language model reads in {lm.dtype}, and scores are to be in {dtype}")
 
     def seeded(function: Callable, **fixed_arguments) -> Callable:
         def call(*args, **kwargs):
@@ -143,7 +164,6 @@ def sae_bench(
 
         return call
 
-    dtype = getattr(torch, scale.evaluation_dtype)
     model = as_hooked_transformer(lm, dtype, remember=probes is not None)
     ours = SimpleNamespace(from_pretrained_no_processing=lambda *_, **__: model)
     words = first_letter_words(scale, lm)
@@ -240,13 +260,24 @@ def k_sparse_scores(
 def first_letter_words(scale: Scale, lm: LanguageModel) -> list[str]:
     """SAE-Bench's vocabulary of alphabetic tokens, sampled to absorption_words.
 
-    Sorted first: a tokenizer's own order changes from process to process."""
+    Sorted first: a tokenizer's own order changes from process to process.  Raises ExperimentError
+    where they are too few: SAE-Bench scores nothing unless 20 letters have a good probe, and a
+    fifth of a letter's words is all that its probe is judged on.
+    """
     from sae_bench.evals.absorption.vocab import get_alpha_tokens
 
     words = sorted(set(get_alpha_tokens(lm.tokenizer)))
-    if scale.absorption_words is None or scale.absorption_words >= len(words):
-        return words
-    return random.Random(seed_for("words")).sample(words, scale.absorption_words)
+    if scale.absorption_words is not None and scale.absorption_words < len(words):
+        words = random.Random(seed_for("words")).sample(words, scale.absorption_words)
+    letters = Counter(word.strip()[0].lower() for word in words)
+    enough = sum(n >= 10 for n in letters.values())
+    require(
+        enough >= 20,
+        f"absorption_words={scale.absorption_words} gives {len(words)} words of {lm.name}'s "
+        f"vocabulary, and only {enough} letters have 10 of them: absorption needs 20 such letters; "
+        "raise absorption_words (None takes all), or choose a model that knows more words",
+    )
+    return words
 
 
 def evaluation_key(scale: Scale, lm: LanguageModel) -> dict:

@@ -1,9 +1,7 @@
-"""What training leaves on disk as it goes: its log, and states it can be taken up from."""
+"""The states that training can be taken up from, and when they are written."""
 
 import contextlib
 import hashlib
-import json
-import math
 import os
 import pickle
 import shutil
@@ -11,55 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from lab.devices import Ranks
 from lab.process import ExperimentError, Interrupted, Signals, say
 from lab.state import load_state, save_state
 from lab.storage import file_sha256, json_text
-
-
-class TrainingLog:
-    """training_log.jsonl, and Weights & Biases as well where WANDB_PROJECT is set."""
-
-    def __init__(self, path: Path, name: str, config: dict, writes: bool = True):
-        self.path, self.writes, self.wandb = path, writes, None
-        self.records: list[dict] = []
-        self.size, self.digest = 0, hashlib.sha256()
-        if writes and os.environ.get("WANDB_PROJECT"):
-            import wandb
-
-            self.wandb = wandb.init(name=name, config=config)
-
-    def take_up(self, size: int, sha256: str) -> bool:
-        """Go on after the first `size` bytes, if they are those that were written; what follows
-        them, a torn line or steps that will be made again, is cut off."""
-        held = self.path.read_bytes()[:size] if self.path.exists() else b""
-        if len(held) != size or hashlib.sha256(held).hexdigest() != sha256:
-            return False
-        self.records = [json.loads(line) for line in held.splitlines()]
-        self.size, self.digest = size, hashlib.sha256(held)
-        if self.writes:
-            os.truncate(self.path, size)
-        return True
-
-    def __call__(self, records: list[dict]) -> None:
-        self.records += records
-        lines = "".join(json.dumps(r, allow_nan=False) + "\n" for r in records).encode()
-        if not self.writes:
-            return
-        if not self.path.exists():  # somebody emptied the cache meanwhile
-            whole = "".join(json.dumps(r, allow_nan=False) + "\n" for r in self.records).encode()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_bytes(whole[: self.size])
-        with self.path.open("ab") as file:
-            file.write(lines)
-        self.size += len(lines)
-        self.digest.update(lines)
-        for r in records if self.wandb else ():
-            flat = {k: sum(v) / len(v) if isinstance(v, list) else v for k, v in r.items()}
-            self.wandb.log({f"layer_{r['layer']}/{k}": v for k, v in flat.items()}, step=r["step"])
-
+from lab.training_log import WANDB_ID, TrainingLog, settled
 
 UNREADABLE = (pickle.UnpicklingError, AttributeError, ImportError, EOFError)  # as a pickle
 
@@ -112,7 +66,7 @@ class Checkpoints:
     def clear(self) -> None:
         """Remove what executions that reached no checkpoint left."""
         for path in self.folder.iterdir() if self.folder.exists() else ():
-            if path.name != "identity.json":
+            if path.name not in ("identity.json", WANDB_ID):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def read(self, log: TrainingLog) -> dict | None:
@@ -176,18 +130,3 @@ class Keeper:
             self.flush()
             self.checkpoints.save(step, state(), self.log)
             self.last = time.monotonic()
-
-
-def settled(record: dict, tokens_per_second: int) -> dict:
-    """A record as plain numbers; raises ExperimentError if a loss is not finite."""
-    plain = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in record.items()}
-    for seed, loss in enumerate(plain["loss"]):
-        if not math.isfinite(loss):
-            parts = ", ".join(
-                f"{k}={plain[k][seed]:.4g}" for k in ("mse", "l1", "lambda", "grad_norm")
-            )
-            raise ExperimentError(
-                f"the loss is {loss} at step {plain['step']}, layer {plain['layer']}, seed {seed} "
-                f"({parts}): lower learning_rate or look at the activations; nothing was evaluated"
-            )
-    return plain | {"tokens_per_second": tokens_per_second}

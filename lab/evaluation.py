@@ -7,19 +7,29 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
-from lab.absorption import evaluate_absorption
+from lab.absorption import evaluate_absorption, first_letter_probes
 from lab.activations import Calibration, harvest
+from lab.bench import first_letter_words
 from lab.fidelity import Fidelity, HeldOut
 from lab.identity import code_behind
 from lab.language_model import LanguageModel
 from lab.metrics import finite_or_none
-from lab.probing import evaluate_probing
+from lab.probing import evaluate_probing, probing_artifacts
 from lab.process import Clock, require, say
 from lab.results import layer_results, readout_results
 from lab.saved_sae import Trained, check_saved, load_sae
 from lab.scales import Scale
 from lab.storage import json_text, remembered, versions
+
+
+def prepare(scale: Scale, lm: LanguageModel) -> None:
+    """What scores need of the language model, made before training: a setting, a task or a text
+    that cannot be scored is refused before it costs a training.  Raises ExperimentError."""
+    for layer in scale.layers:
+        first_letter_probes(scale, lm, layer)
+    probing_artifacts(scale, lm)
 
 
 def check_all(
@@ -138,9 +148,11 @@ def evaluate(
             "outlier_fraction": units[layer].outlier_fraction,
         }
         if None in absorption[layer]:
+            f1 = load_file(first_letter_probes(scale, lm, layer) / "probe.safetensors")["f1"]
             entries[title]["notes"]["absorption"] = (
-                "null: SAE-Bench needs 20 letters whose probe reaches F1 0.6, and "
-                f"layer {layer} of {lm.name} has fewer"
+                "null: SAE-Bench needs 20 letters whose probe reaches F1 0.6; of "
+                f"{len(first_letter_words(scale, lm))} words as layer {layer} of {lm.name} has "
+                f"them, {int((f1 > 0.6).sum())} letters do: more words, or a model that spells"
             )
         for alpha in readout_alphas:
             name = f"{title}, read out with alpha = {alpha:g}"

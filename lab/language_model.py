@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from lab.process import quiet_transformers, require, say
 from lab.scales import Scale
 from lab.smollm2 import smollm2_folder
 from lab.storage import disjoint, file_sha256, versions
+
+# Where families of models keep their blocks, and their final norm.
+PLACES = ("layers", "h"), ("norm", "final_layer_norm", "ln_f")
 
 
 class LanguageModel:
@@ -26,14 +30,22 @@ class LanguageModel:
         """`model`, `tokenizer`: as transformers loads them; `identity`: what cached activations
         depend on.  Raises ExperimentError if the model has no such layer."""
         self.model = model.eval().requires_grad_(False)
+        base = self.model.base_model
+        self._names = [next(filter(partial(hasattr, base), names), "") for names in PLACES]
+        require(
+            all(self._names) and hasattr(model.config, "hidden_size"),
+            f"{name} is a {type(model).__name__}, and where that keeps its blocks or its final "
+            "norm is not known here: choose a causal model that is built as Llama, Gemma, Qwen, "
+            "GPT-NeoX or GPT-2 are",
+        )
         self.tokenizer, self.name, self.layers = tokenizer, name, tuple(layers)
         self.d_in, self.device, self.dtype = model.config.hidden_size, model.device, model.dtype
         self.identity = identity
         self.most_contexts = sys.maxsize  # of one forward: halved when memory runs out
+        self.load_in: Callable[[torch.dtype], LanguageModel] | None = None  # the same model again
+        self.others: dict[torch.dtype, LanguageModel] = {}  # as load_in() gave them
 
-        base = self.model.base_model
-        self._norm_name = "norm" if hasattr(base, "norm") else "final_layer_norm"
-        self._blocks, self._norm = base.layers, getattr(base, self._norm_name)
+        self._blocks, self._norm = (getattr(base, found) for found in self._names)
         require(
             max(layers) < len(self._blocks),
             f"layer {max(layers)} does not exist: {name} has {len(self._blocks)} blocks, from 0 on",
@@ -48,22 +60,36 @@ class LanguageModel:
     def load(
         cls, source: str | Path, name: str, layers: tuple[int, ...], dtype=torch.bfloat16
     ) -> "LanguageModel":
-        """A model from a folder or from the hub, on the GPU where there is one."""
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        """A model from a folder or from the hub, on the GPU where there is one.
+
+        Raises ExperimentError for a model or a tokenizer that this program cannot read with.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
         from transformers.utils import cached_file
 
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(source)
+            config = causal_config(source, name)
             # Soft-capped attention (Gemma-2) is silently dropped or refused by SDPA.
             capped = getattr(config, "attn_logit_softcapping", None) is not None
             model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, attn_implementation="eager" if capped else "sdpa"
+                source, dtype=dtype, attn_implementation="eager" if capped else None
             )
             # With BOS and padding at the end, as TransformerLens' tokenizers are: SAE-Bench
             # tokenises with this one.
             tokenizer = AutoTokenizer.from_pretrained(
                 source, add_bos_token=True, padding_side="right"
             )
+        missing = [t for t in ("bos_token", "eos_token") if getattr(tokenizer, t) is None]
+        require(
+            not missing,
+            f"the tokenizer of {name} has no {' and no '.join(missing)}: every context begins "
+            "with BOS, and documents end with EOS; choose a model whose tokenizer has both",
+        )
+        require(
+            isinstance(tokenizer, PreTrainedTokenizerFast),
+            f"the tokenizer of {name} is not one of the tokenizers package (no tokenizer.json, and "
+            "none could be made): convert it, or choose another model",
+        )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         # Of a folder the sums of all that a model is read from, whatever its weights are called; of
@@ -79,7 +105,17 @@ class LanguageModel:
             "device": device_kind(),
         }
         identity = disjoint(identity, versions("torch", "transformers", "tokenizers"))
-        return cls(model.to(training_device()), tokenizer, name, layers, identity)
+        lm = cls(model.to(training_device()), tokenizer, name, layers, identity)
+        lm.load_in = partial(cls.load, source, name, layers)
+        return lm
+
+    def reading_in(self, dtype: torch.dtype) -> "LanguageModel":
+        """The same model as it computes in `dtype`: this one, or one loaded beside it, once."""
+        if dtype == self.dtype:
+            return self
+        if dtype not in self.others:
+            self.others[dtype] = self.load_in(dtype)
+        return self.others[dtype]
 
     def _hook(self, layer: int, module, args, output):
         """Note a block's output, or put another in its place."""
@@ -90,9 +126,9 @@ class LanguageModel:
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
     def _cut(self, cut: bool) -> None:
-        base = self.model.base_model
-        base.layers = self._blocks[: max(self.layers) + 1] if cut else self._blocks
-        setattr(base, self._norm_name, torch.nn.Identity() if cut else self._norm)
+        base, (blocks, norm) = self.model.base_model, self._names
+        setattr(base, blocks, self._blocks[: max(self.layers) + 1] if cut else self._blocks)
+        setattr(base, norm, torch.nn.Identity() if cut else self._norm)
 
     @torch.no_grad()
     def residuals(self, tokens_BL: torch.Tensor) -> dict[int, torch.Tensor]:
@@ -134,15 +170,44 @@ class LanguageModel:
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets).item()
 
     def is_special(self, tokens: torch.Tensor) -> torch.Tensor:
-        """BOS, EOS and padding: not trained on, not scored."""
+        """BOS, EOS and padding, of which some may be the same: not trained on, not scored."""
         t = self.tokenizer
         special = torch.tensor([t.bos_token_id, t.eos_token_id, t.pad_token_id])
         return torch.isin(tokens, special.to(tokens.device))
 
 
-def load_language_model(scale: Scale, dtype=torch.bfloat16) -> LanguageModel:
+def causal_config(source: str | Path, name: str):
+    """transformers' configuration of a model.  Raises ExperimentError for one that does not predict
+    the next token."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    config = AutoConfig.from_pretrained(source)
+    require(
+        type(config) in MODEL_FOR_CAUSAL_LM_MAPPING,
+        f"{name} is a {type(config).__name__.removesuffix('Config')}, not a causal language model: "
+        "choose one that transformers' AutoModelForCausalLM reads",
+    )
+    return config
+
+
+def model_source(scale: Scale) -> tuple[str, str | Path]:
+    """A scale's model: what it is called, and the folder it lies in or its id on the hub."""
     if scale.language_model == "pypi:smollm2":
-        name, source = "smollm2-135m-instruct", smollm2_folder()
-    else:
-        name, source = Path(scale.language_model).name, scale.language_model
-    return LanguageModel.load(source, name, scale.layers, dtype)
+        return "smollm2-135m-instruct", smollm2_folder()
+    return Path(scale.language_model).name, scale.language_model
+
+
+def load_language_model(scale: Scale, dtype=torch.bfloat16) -> LanguageModel:
+    """The model of a scale.  Raises ExperimentError where scale and model do not fit together."""
+    name, source = model_source(scale)
+    lm = LanguageModel.load(source, name, scale.layers, dtype)
+    longest = getattr(lm.model.config, "max_position_embeddings", None) or scale.context_length
+    require(
+        scale.context_length <= longest,
+        f"context_length={scale.context_length} is more than {name} reads, {longest} tokens",
+    )
+    require(
+        max(scale.k_values) <= lm.d_in,
+        f"k_values={scale.k_values} asks for probes on more channels than {name} has, {lm.d_in}",
+    )
+    return lm

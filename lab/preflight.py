@@ -3,37 +3,62 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from lab.devices import training_device
-from lab.process import require
-from lab.scales import Scale
+from lab.hub import model_is_kept, stay_offline, text_column, text_files
+from lab.language_model import causal_config, model_source
+from lab.packaged_text import TASKS
+from lab.process import ExperimentError, quiet_transformers, require, say
+from lab.scales import OFFICIAL_TASKS, Scale
 from lab.storage import cache_root
+from lab.training_log import check_wandb
+
+GB = 1e9
 
 
 def preflight(scale: Scale, out_dir: Path) -> None:
     """Before any work: everything the run will fetch can be had, and fits.
 
-    Raises ExperimentError with all that is missing.  Nothing is asked where nothing is fetched.
+    Raises ExperimentError with all that is missing.  The hub is not asked where nothing is fetched.
     """
-    if scale.text == "sae-probes":
-        return
-    missing = [*not_to_be_had(scale), *not_enough_room(scale, out_dir)]
+    check_wandb()
+    unknown = [task for task in scale.tasks if task not in {*TASKS, *OFFICIAL_TASKS}]
+    missing = [
+        f"the task {task!r} is not one of {', '.join((*TASKS, *OFFICIAL_TASKS))}"
+        for task in unknown
+    ]
+    if any(wanted(scale)):
+        missing += not_to_be_had(scale)
+        missing = missing or [*not_enough_room(scale, out_dir, needs_of_model(scale))]
     require(not missing, "before this run can start:\n" + "\n".join(f"  - {m}" for m in missing))
 
 
+def wanted(scale: Scale) -> Iterator[tuple[str, str, str | None]]:
+    """(kind, name, revision) of what a scale reads from the hub: its model, its text and
+    SAE-Bench's datasets."""
+    if not (scale.language_model.startswith("pypi:") or Path(scale.language_model).is_dir()):
+        yield "model", scale.language_model, None
+    if scale.text != "sae-probes":
+        yield "dataset", *scale.text.split("@")
+    official = [task for task in scale.tasks if task in OFFICIAL_TASKS]
+    names = (task.split("_class_set")[0].removesuffix("_sentiment") for task in official)
+    yield from (("dataset", name, None) for name in dict.fromkeys(names))
+
+
 def not_to_be_had(scale: Scale) -> Iterator[str]:
-    """What the hub refuses of a scale's model, text and SAE-Bench's datasets."""
+    """What the hub refuses, or what it would take where it cannot be reached."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     hub = HfApi()
-    dataset, _, revision = scale.text.partition("@")
-    wanted = [("model", scale.language_model, None), ("dataset", dataset, revision)]
-    names = dict.fromkeys(t.split("_class_set")[0].removesuffix("_sentiment") for t in scale.tasks)
-    wanted += [("dataset", name, None) for name in names]
-    for kind, name, revision in wanted:
+    for kind, name, revision in wanted(scale):
         address = f"{hub.endpoint}/{'datasets/' if kind == 'dataset' else ''}{name}"
         try:
             hub.repo_info(name, repo_type=kind, revision=revision, timeout=10)
@@ -45,26 +70,93 @@ def not_to_be_had(scale: Scale) -> Iterator[str]:
             )
         except RepositoryNotFoundError:
             yield f"the {kind} {name} is not at {address}: check its name, and HF_TOKEN if private"
+        except RevisionNotFoundError:
+            yield f"the {kind} {name} has no revision {revision}: see {address}/commits/main"
         except Exception as error:  # no network: the libraries in between have their own errors
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            yield f"the hub cannot be reached at {hub.endpoint} ({reason}): check the network"
+            why = f"the hub cannot be reached at {hub.endpoint} ({reason})"
+            stay_offline()
+            lacking = [f"{why}, and {what}: check the network" for what in not_kept(scale)]
+            yield from lacking
+            if not lacking:
+                say(f"{why}: what its client keeps on this machine is read")
             return
+        else:
+            if scale.text == f"{name}@{revision}":
+                yield from unreadable_text(scale)
 
 
-def not_enough_room(scale: Scale, out_dir: Path) -> Iterator[str]:
+def not_kept(scale: Scale) -> Iterator[str]:
+    """What the hub's client does not keep of a scale's model and text, so that there must be a
+    network.  (Probing texts may already lie in our own cache; if not, they are asked for next.)"""
+    for kind, name, _ in wanted(scale):
+        if kind == "model" and not model_is_kept(name):
+            yield f"the model {name} is not kept on this machine"
+    if scale.text != "sae-probes":
+        try:
+            yield from unreadable_text(scale)
+        except Exception:  # what the hub's client raises where there is no copy either
+            yield f"no text of {scale.text} is kept on this machine"
+
+
+def unreadable_text(scale: Scale) -> list[str]:
+    """Why a scale's text cannot be read: nothing, or one sentence; says which files it will be."""
+    try:
+        files = text_files(scale.text)
+        column = text_column(files[0])
+    except ExperimentError as error:
+        return [str(error)]
+    say(f"text: column {column!r} of {len(files)} files, {files[0]} and those after it")
+    return []
+
+
+class ModelNeeds(NamedTuple):
+    """What a language model takes, in bytes but for its widths."""
+
+    d_in: int
+    vocabulary: int
+    parameters: int
+    to_fetch: int  # of its files, what the hub's client does not keep yet
+
+
+def needs_of_model(scale: Scale) -> ModelNeeds:
+    """From a model's own configuration, and the hub's listing of its files."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from transformers import AutoModelForCausalLM
+
+    name, source = model_source(scale)
+    with quiet_transformers(), torch.device("meta"):
+        config = causal_config(source, name)
+        model = AutoModelForCausalLM.from_config(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    to_fetch = 0
+    if not (Path(source).is_dir() or model_is_kept(source)):
+        files = HfApi().model_info(source, files_metadata=True).siblings
+        sizes = {file.rfilename: file.size for file in files}
+        kinds = (".safetensors", ".bin")
+        kind = kinds[0] if any(file.endswith(kinds[0]) for file in sizes) else kinds[1]
+        to_fetch = sum(
+            size
+            for file, size in sizes.items()
+            if file.endswith(kind) and not isinstance(try_to_load_from_cache(source, file), str)
+        )
+    return ModelNeeds(config.hidden_size, config.vocab_size, parameters, to_fetch)
+
+
+def not_enough_room(scale: Scale, out_dir: Path, model: ModelNeeds) -> Iterator[str]:
     """Disk and GPU memory a scale needs and this machine has not."""
     from huggingface_hub import constants
 
-    GB, saes = 1e9, len(scale.layers) * scale.n_seeds
-    small = "pythia-70m" in scale.language_model
-    d_in = 512 if small else 2304
-    sae_bytes = saes * 2 * d_in * scale.d_sae * 4
-    # The model's files, SAE-Bench's datasets as they are downloaded; probes, prompts and texts; two
-    # checkpoints of weights, two moments and an average, and the saved SAEs.
+    layers = len(scale.layers)
+    sae_bytes = layers * scale.n_seeds * 2 * model.d_in * scale.d_sae * 4
+    # Half of a vocabulary is words; each is an example for probes, and prompts for every SAE.
+    words = scale.absorption_words or model.vocabulary // 2
+    prompts = 20_000 * (model.d_in / 2304) * words * layers
     needs = [
-        (Path(constants.HF_HOME), (1 if small else 6) + 4),
-        (cache_root(), 1 if small else 8),
-        (out_dir, (2 * 4 + 2) * sae_bytes / GB),
+        (Path(constants.HF_HOME), model.to_fetch / GB + 4),  # and SAE-Bench's datasets
+        # Two checkpoints of weights, two moments and an average, and the SAEs as they are saved.
+        (cache_root(), (prompts + (2 * 4 + 2) * sae_bytes) / GB),
+        (out_dir, 2 * sae_bytes / GB),
     ]
     by_device: dict[int, list] = {}
     for path, gigabytes in needs:
@@ -74,10 +166,13 @@ def not_enough_room(scale: Scale, out_dir: Path) -> Iterator[str]:
     for found in by_device.values():
         wanted, free = sum(g for _, g in found), shutil.disk_usage(found[0][0]).free / GB
         if free < wanted:
-            yield f"free disk space at {found[0][0]}: {free:.1f} GB of the {wanted:.0f} GB needed"
+            yield f"free disk space at {found[0][0]}: {free:.1f} GB of the {wanted:.1f} GB needed"
     if torch.cuda.is_available():
-        block = scale.block_contexts * scale.context_length * len(scale.layers) * d_in * 2
-        wanted = (0.5 if small else 8) + (5 * sae_bytes + 2 * block) / GB  # model, logits, SAEs
+        block = scale.block_contexts * scale.context_length * layers * model.d_in * 2
+        # Once in bfloat16, and again in the dtype of the scores where that is another.
+        weights = model.parameters * (2 if scale.evaluation_dtype == "bfloat16" else 2 + 4)
+        logits = 8 * scale.context_length * model.vocabulary * (2 + 4 + 4)
+        wanted = (weights + logits + 5 * sae_bytes + 2 * block) / GB
         free = torch.cuda.mem_get_info(training_device())[0] / GB
         if free < wanted:
-            yield f"free GPU memory: {free:.1f} GB of about {wanted:.0f} GB needed are free"
+            yield f"free GPU memory: {free:.1f} GB of about {wanted:.1f} GB needed are free"

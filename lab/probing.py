@@ -10,7 +10,7 @@ from lab.activations import harvest
 from lab.bench import evaluation_key, sae_bench
 from lab.language_model import LanguageModel
 from lab.packaged_text import TASK_CHARACTERS, TASKS
-from lab.process import say
+from lab.process import require, say
 from lab.saved_sae import latents_at_once, load_sae, read_out
 from lab.scales import Scale
 from lab.storage import cached, disjoint, save_tensors, tensor_sha256
@@ -37,6 +37,12 @@ class ProbingTexts:
         handles = {}
         for label, found in texts.items():
             tokens = found["input_ids"].cpu()
+            require(
+                not self.lm.is_special(tokens).all(1).any(),
+                f"a probing text of class {label!r} has no ordinary token, only BOS, EOS or "
+                "padding, and no mean: take its task out of the scale's tasks, or the text out "
+                "of the task",
+            )
             digest = tensor_sha256(tokens)[:16]
             path = self.folder / f"{digest}.safetensors"
             if not path.exists():
@@ -53,9 +59,11 @@ class ProbingTexts:
         """(text of each row [n], residuals [n, layers, D]) of all tokens but special ones.
 
         Texts of a length go together, and padding at their end is cut off: attention only looks
-        back, so it changes nothing.
+        back, so it changes nothing.  A length is the last position that is not padding, plus one:
+        where padding is BOS, or unknown words are, it stands at the beginning or inside, too.
         """
-        lengths = (tokens_NL != self.lm.tokenizer.pad_token_id).sum(1)
+        held = tokens_NL != self.lm.tokenizer.pad_token_id
+        lengths = (held * torch.arange(1, tokens_NL.shape[1] + 1)).amax(1).clamp_min(1)
         for chosen in lengths.argsort(stable=True).split(self.scale.lm_batch):
             tokens = tokens_NL[chosen, : int(lengths[chosen].max())]
             owners = chosen[(~self.lm.is_special(tokens)).nonzero()[:, 0]]
@@ -167,6 +175,7 @@ def probing_artifacts(scale: Scale, lm: LanguageModel) -> Path:
 
     Made once by an evaluation of tiny random SAEs, whose scores are thrown away.
     """
+    lm = lm.reading_in(getattr(torch, scale.evaluation_dtype))
 
     def build(folder: Path) -> None:
         say("reading the probing tasks' texts with the language model (once)")
@@ -200,8 +209,9 @@ def evaluate_probing(
 
     SAE-Bench's JSON files land in `folder`.
     """
-    artifacts, dtype = probing_artifacts(scale, lm), getattr(torch, scale.evaluation_dtype)
-    saes = {}
+    dtype = getattr(torch, scale.evaluation_dtype)
+    lm = lm.reading_in(dtype)
+    artifacts, saes = probing_artifacts(scale, lm), {}
     for layer, paths in saved.items():
         for name, path in paths.items():
             own = load_sae(path).to(lm.device, dtype)

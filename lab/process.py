@@ -114,16 +114,33 @@ class Clock:
 
 
 @contextlib.contextmanager
-def locked(out_dir: Path) -> Iterator[None]:
-    """One process per run folder; the lock goes with the process, however it ends."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with (out_dir / ".lock").open("w") as lock:
+def file_lock(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether the lock was free; if so, or after waiting for it, it is ours inside the `with`.
+
+    It goes with the process, however that ends.  Raises ExperimentError where the file system of
+    `path` knows no locks.
+    """
+    with path.open("w") as lock:
+        free = True
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            free = False
+        except OSError as error:
             raise ExperimentError(
-                f"another process is working on {out_dir}: wait for it"
+                f"the file system of {path.parent} has no locks ({_reason(error)}), and without "
+                "them two processes would write over each other: use a folder on another one "
+                "(COSINE_SAE_CACHE says where the cache is, --out_dir where the run is)"
             ) from error
+        yield free
+
+
+@contextlib.contextmanager
+def locked(out_dir: Path) -> Iterator[None]:
+    """One process per run folder."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with file_lock(out_dir / ".lock") as free:
+        require(free, f"another process is working on {out_dir}: wait for it")
         yield
 
 

@@ -70,7 +70,14 @@ class Scale:
             bool(layers) and min(layers) >= 0 and len(set(layers)) == len(layers),
             f"layers={layers} must name one block or more, from 0 on, each once",
         )
-        check(bool(ks) and min(ks) >= 1, f"k_values={ks} must be 1 or more each")
+        check(
+            bool(ks) and min(ks) >= 1 and max(ks) <= self.d_sae,
+            f"k_values={ks} must be 1 or more each, and at most d_sae={self.d_sae}",
+        )
+        check(bool(self.tasks), "tasks=() must name one probing task or more")
+        for name in ("probe_train_set_size", "probe_test_set_size"):
+            size = getattr(self, name)  # SAE-Bench halves it, and for some tasks halves it again
+            check(size % 4 == 0, f"{name}={size} must be a multiple of 4")
         check(
             self.context_length >= 2,
             f"context_length={self.context_length} must hold BOS and a token",
@@ -108,8 +115,8 @@ class Scale:
         return {name: value for name, value in asdict(self).items() if name not in unread}
 
 
-# The hub's parquet form of it, which needs no remote code.
-OPENWEBTEXT = "Skylion007/openwebtext@7577b918bd30b25df0b88bb718dc8a6c80cb619b"
+# Its parquet files, which need no remote code (docs/hub.md has the sources of this revision).
+OPENWEBTEXT = "Skylion007/openwebtext@79d93d786212f7344586290adb811d4ae6a1762c"
 
 
 OFFICIAL_TASKS = (  # SAE-Bench's

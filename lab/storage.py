@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lab.identity import code_behind
-from lab.process import say
+from lab.process import file_lock, say
 
 
 def file_sha256(path: Path) -> str:
@@ -118,8 +117,7 @@ def cached(kind: str, key: dict, build: Callable[[Path], None]) -> Path:
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     entry = cache_root() / kind / name
     entry.parent.mkdir(parents=True, exist_ok=True)
-    with (entry.parent / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with file_lock(entry.parent / f"{name}.lock", wait=True):
         if entry.exists():
             if _entry_is_whole(entry, key):
                 return entry

@@ -10,6 +10,7 @@ from itertools import islice
 
 import torch
 
+from lab.hub import chosen_column, text_files
 from lab.language_model import LanguageModel
 from lab.packaged_text import packaged_documents
 from lab.process import ExperimentError, require, say
@@ -17,23 +18,26 @@ from lab.scales import Scale
 
 
 def streamed_documents(source: str, start: int = 0, tries: int = 6) -> Iterator[str]:
-    """Documents of "dataset@revision" on the hub from `start` on, read as they are needed.
+    """Documents of "dataset@revision" on the hub from `start` on, read as they are needed; where
+    there is no network, of the files that the hub's client keeps.  A row without text is an empty
+    document.
 
     A network that fails is asked again after 1, 2, 4, ... seconds, from the document it failed at;
     raises ExperimentError after `tries` failures with no document between them.
     """
     from datasets import load_dataset
 
-    dataset, revision = source.split("@")
-    files = f"hf://datasets/{dataset}@{revision}/data/train-*.parquet"
-    failures = 0
+    dataset, failures = source.split("@")[0], 0
     while True:
         try:
+            files = text_files(source)
             rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
             for row in rows.skip(start):
-                yield row["text"]
+                yield row[chosen_column(source, list(row))] or ""
                 start, failures = start + 1, 0
             return
+        except ExperimentError:
+            raise
         except Exception as error:  # each of the libraries in between has its own
             failures += 1
             reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]

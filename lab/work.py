@@ -6,7 +6,6 @@ beyond LIMIT.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import shutil
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 from lab import activations, checkpoints, devices, online_absorption, state
 from lab.identity import code_behind
 from lab.language_model import LanguageModel
-from lab.process import ExperimentError, say
+from lab.process import ExperimentError, file_lock, say
 from lab.scales import Scale
 from lab.storage import cache_root, json_text, write_atomically
 
@@ -56,16 +55,9 @@ def work_root() -> Path:
     return cache_root() / "training"
 
 
-@contextlib.contextmanager
-def _lock(name: str) -> Iterator[bool]:
+def _lock(name: str) -> contextlib.AbstractContextManager[bool]:
     """Whether the work of this name was free; if so, nobody else's inside the `with`."""
-    with (work_root() / f"{name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    return file_lock(work_root() / f"{name}.lock")
 
 
 def remove_work(name: str) -> None:

@@ -23,14 +23,24 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import torch
-from tiny import make_tokenizer, spell_first_letters
+from tiny import make_tokenizer, spell_first_letters, vocabulary
 
 from lab.packaged_text import PROSE, sae_probes_rows
 from lab.process import quiet_transformers
 
 MODEL = "google/gemma-2-2b"
+PYTHIA = "EleutherAI/pythia-70m-deduped"
 TEXT = "Skylion007/openwebtext"
-TEXT_REVISION = "7577b918bd30b25df0b88bb718dc8a6c80cb619b"
+TEXT_REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"
+# What main is of each (docs/hub.md has the sources); of others a made-up hash.
+COMMITS = {
+    MODEL: "c5ebcd40d208330abc697524c919956e692655cf",
+    PYTHIA: "e93a9faa9c77e5d09219f6c868bfc7a1bd65593c",
+    TEXT: TEXT_REVISION,
+    "codeparrot/github-code": "b5661e6b17396364b2bcf8e68977b0d28e1ebd19",
+    "fancyzhx/ag_news": "eb185aade064a813bc0b7f42de02595523103ca4",
+    "Helsinki-NLP/europarl": "ab45e286aef3fb5780067100cb5a1132b52b7949",
+}
 
 # ── The server ───────────────────────────────────────────────────────────────────────────────────
 
@@ -48,8 +58,7 @@ RESOLVE = re.compile(rf"/(?P<kind>datasets/)?(?P<id>[^/]+/[^/]+)/resolve/{REVISI
 class LocalHub:
     """Serves folder/models/OWNER/NAME/... and folder/datasets/OWNER/NAME/...; a context manager.
 
-    Every revision of a repository but the refs/... ones exists and holds the same files; its commit
-    is the revision itself where that is 40 hex digits, else one fixed hash per repository.
+    A repository has one commit, which is its main: no other revision exists.
 
     environment  what a subprocess needs on top of os.environ; its HF_HOME is empty at the start
     requests     every (method, path with query) so far
@@ -237,9 +246,7 @@ class Handler(BaseHTTPRequestHandler):
         self.kind, self.id = kind, unquote(found["id"])
         self.root = hub.folder / self.kind / self.id
         self.revision = unquote(found["revision"] or "main")
-        fixed = hashlib.sha1(self.id.encode()).hexdigest()
-        given = re.fullmatch("[0-9a-f]{40}", self.revision)
-        self.commit = self.revision if given else fixed
+        self.commit = COMMITS.get(self.id, hashlib.sha1(self.id.encode()).hexdigest())
         if self.allowed(locked=route == self.file or found["what"] == "auth-check"):
             route(found)
 
@@ -257,7 +264,7 @@ class Handler(BaseHTTPRequestHandler):
                 (404, "Repository not found") if token else (401, "Invalid username or password.")
             )
             self.error(*refusal, "RepoNotFound")
-        elif self.revision.startswith("refs/"):
+        elif self.revision not in ("main", self.commit):
             self.error(404, f"Invalid rev id: {self.revision}", "RevisionNotFound")
         elif locked and self.id in hub.gated and token != hub.token:
             what = f"Access to {self.kind[:-1]} {self.id} is restricted"
@@ -419,6 +426,49 @@ def make_gemma(folder: Path, dtype: torch.dtype = torch.float32, layers: int = 4
     return folder
 
 
+def make_pythia(folder: Path, layers: int = 4) -> Path:
+    """A tiny random GPT-NeoX whose embedding spells first letters, in float16.
+
+    What is odd about Pythia is kept: one special token for BOS, EOS and unknown words, none for
+    padding, none put before a text; weights in both formats; parallel blocks.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+
+    folder.mkdir(parents=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|padding|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    how = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=20_000, min_frequency=1, **how)
+    tokenizer.train_from_iterator(vocabulary(), trainer)  # until each of its pieces is one token
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), special[0])
+    (folder / "special_tokens_map.json").write_text(json.dumps(names))
+    about = {"add_prefix_space": False, "tokenizer_class": "GPTNeoXTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names | about))
+    config = GPTNeoXConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
+        torch.manual_seed(0)
+        model = GPTNeoXForCausalLM(config).float()
+        spell_first_letters(model, AutoTokenizer.from_pretrained(folder))
+        model.half().save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "generation_config.json").unlink(missing_ok=True)  # the real one has none
+    return folder
+
+
 def endless(
     *sources: tuple[int, object], keep: Callable[[str], bool] = lambda text: len(text) > 60
 ) -> Iterator[str]:
@@ -447,16 +497,23 @@ def write_parquet(path: Path, columns: dict[str, list]) -> None:
 
 
 def write_dataset(
-    folder: Path, features: dict, splits: dict[str, list[dict]], config: str = "default", n_files=1
+    folder: Path,
+    features: dict,
+    splits: dict[str, list[dict]],
+    config: str = "default",
+    n_files: int = 1,
+    hashes: dict[str, str] | None = None,
 ) -> None:
-    """Adds a configuration to a dataset, in the layout and with the card of push_to_hub()."""
+    """Adds a configuration to a dataset, in the layout and with the card of push_to_hub(), whose
+    older versions put a hash at the end of a split's file names."""
     import yaml
 
     data = "data" if config == "default" else config
     for split, rows in splits.items():
         for i in range(n_files):
             part = rows[len(rows) * i // n_files : len(rows) * (i + 1) // n_files]
-            name = f"{data}/{split}-{i:05d}-of-{n_files:05d}.parquet"
+            end = f"-{hashes[split]}" if hashes else ""
+            name = f"{data}/{split}-{i:05d}-of-{n_files:05d}{end}.parquet"
             write_parquet(folder / name, {k: [row[k] for row in part] for k in features})
     size = sum(path.stat().st_size for path in (folder / data).glob("*.parquet"))
     info = {
@@ -480,14 +537,14 @@ def write_dataset(
 
 
 def make_text(folder: Path, n_documents: int, n_files: int = 4) -> Path:
-    """OpenWebText's layout: documents of one to eight passages of prose in data/train-*.parquet."""
+    """OpenWebText's layout: documents of one to eight passages of prose in plain_text/."""
     passages = endless(*((number, None) for number in PROSE))
     lengths = random.Random("documents")
     rows = [
         {"text": "\n\n".join(take(passages, lengths.choice((1, 1, 2, 3, 5, 8))))}
         for _ in range(n_documents)
     ]
-    write_dataset(folder, {"text": "string"}, {"train": rows}, n_files=n_files)
+    write_dataset(folder, {"text": "string"}, {"train": rows}, "plain_text", n_files)
     return folder
 
 
@@ -623,7 +680,8 @@ def make_probing_datasets(folder: Path, rows_per_class: int) -> Path:
         )
         for split in (*splits, "dev")
     }
-    write_dataset(folder / "LabHC/bias_in_bios", features, bios)
+    hashes = {"train": "0ab65b32c47407e8", "test": "5598c840ce8de1ee", "dev": "e6551072fff26949"}
+    write_dataset(folder / "LabHC/bias_in_bios", features, bios, hashes=hashes)
 
     reviews = {rating: endless(*sources) for rating, sources in STARS.items()}
     features = {"rating": "float64", "text": "string", "category": "int64"}
@@ -669,7 +727,7 @@ def make_probing_datasets(folder: Path, rows_per_class: int) -> Path:
         columns = zip(*sides.values(), strict=True)
         rows = [{"translation": dict(zip(sides, row, strict=True))} for row in columns]
         features = {"translation": {"translation": {"languages": list(sides)}}}
-        write_dataset(folder / "Helsinki-NLP/europarl", features, {"train": rows}, config=pair)
+        write_dataset(folder / "Helsinki-NLP/europarl", features, {"train": rows}, pair, 2)
 
     make_code(folder / "codeparrot/github-code", 2 * rows_per_class)
     return folder
@@ -720,6 +778,7 @@ def make_hub(
 ) -> Path:
     """Everything: the language model, its text and the probing datasets."""
     make_gemma(folder / "models" / MODEL, dtype)
+    make_pythia(folder / "models" / PYTHIA)
     make_text(folder / "datasets" / TEXT, n_documents)
     make_probing_datasets(folder / "datasets", rows_per_class)
     return folder

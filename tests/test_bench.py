@@ -17,6 +17,7 @@ from tiny import scores
 
 from lab.bench import as_hooked_transformer, first_letter_words, k_sparse_scores, sae_bench
 from lab.probing import ProbingTexts
+from lab.process import ExperimentError
 from lab.saved_sae import load_sae
 
 # ── What SAE-Bench is given ─────────────────────────────────────────────────────────────────────
@@ -72,15 +73,31 @@ def test_remembered_prompts_are_asked_of_the_model_once(tiny_model, tmp_path, mo
 def test_the_words_of_absorption_do_not_depend_on_the_tokenizers_order(trained, monkeypatch):
     from sae_bench.evals.absorption import vocab
 
-    scale = tiny.tiny_scale(trained.scale.language_model, absorption_words=100)
+    scale = tiny.tiny_scale(trained.scale.language_model, absorption_words=400)
     words = first_letter_words(scale, trained.lm)
-    assert len(set(words)) == len(words) == 100
+    assert len(set(words)) == len(words) == 400
     real = vocab.get_alpha_tokens
     monkeypatch.setattr(vocab, "get_alpha_tokens", lambda tokenizer: real(tokenizer)[::-1])
     assert first_letter_words(scale, trained.lm) == words
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("words", [60, 150])
+def test_too_few_words_for_absorption_are_refused_before_any_is_read(trained, words):
+    scale = tiny.tiny_scale(trained.scale.language_model, absorption_words=words)
+    with pytest.raises(ExperimentError, match=rf"words={words} .* only \d+ letters have 10"):
+        first_letter_words(scale, trained.lm)
+
+
+def test_a_model_that_reads_in_another_dtype_than_is_noted_down_is_not_scored(trained):
+    assert trained.lm.dtype == torch.bfloat16 and trained.scale.evaluation_dtype == "float32"
+    with (
+        pytest.raises(ValueError, match=r"reads in torch.bfloat16, and scores are to be in torch"),
+        sae_bench(trained.scale, trained.lm),
+    ):
+        pass
+
+
 def test_word_scores_are_sae_benchs_own_cell_by_cell(trained):
     from sae_bench.evals.absorption import k_sparse_probing as theirs
     from sae_bench.evals.absorption.probing import LinearProbe
@@ -146,7 +163,8 @@ def changed(before: dict, after: dict) -> set[str]:
 def test_everything_around_sae_bench_is_as_before_also_when_it_raises(
     trained, tmp_path, gradients, raises
 ):
-    arguments = trained.scale, trained.lm, tmp_path / "eval" / "x"
+    lm = trained.lm.reading_in(torch.float32)
+    arguments = trained.scale, lm, tmp_path / "eval" / "x"
     texts = ProbingTexts(trained.scale, trained.lm, tmp_path, {})
     with torch.set_grad_enabled(gradients):
         before = surroundings()

@@ -13,9 +13,10 @@ import pytest
 import torch
 from tiny import stop_me
 
-from lab.checkpoints import Checkpoints, Keeper, TrainingLog, settled
+from lab.checkpoints import Checkpoints, Keeper
 from lab.devices import Ranks
 from lab.process import ExperimentError, Interrupted
+from lab.training_log import TrainingLog, settled
 
 # ── The log ─────────────────────────────────────────────────────────────────────────────────────
 

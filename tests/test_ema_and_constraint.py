@@ -158,7 +158,9 @@ def simulated_l0(power: float, lag: float, ratio: float = 1.0, steps: int = 800)
 
     The target tightens from 1152 to 36 in the first 30% of the steps, as it does in training.
     """
-    scale = Scale("plant", "none", "sae-probes", (0,), steps, 1, target_l0=36.0, lanes=1)
+    scale = Scale(
+        "plant", "none", "sae-probes", (0,), steps, 1, target_l0=36.0, lanes=1, tasks=("news",)
+    )
     recipe = experiment.Recipe(initial_l0_fraction=0.5, tightening_fraction=0.3)
     assert (scale.d_sae, experiment.l0_target_at(scale, recipe, 0.0)) == (2304, 1152)
     trainer = SimpleNamespace(
@@ -216,7 +218,8 @@ def test_the_controller_sees_l0_times_its_ratio_smoothed_over_steps():
 def trainer_of(run: experiment.Run, **changes) -> experiment.Trainer:
     values = {
         "training_tokens": 20 * 64, "batch_tokens": 64, "d_sae": 32, "n_seeds": 2, "lanes": 4,
-        "target_l0": 4.0, "training_dtype": "float32", "online_every": 3,
+        "target_l0": 4.0, "training_dtype": "float32", "online_every": 3, "k_values": (1,),
+        "tasks": ("news",),
     }  # fmt: skip
     scale = Scale("tiny", "none", "sae-probes", (1,), **values | changes)
     recipe = replace(

@@ -1,11 +1,15 @@
-"""Where the environment points: paths mean the folder in which the command was typed."""
+"""What surrounds a run: paths of the environment, Python, locks, terminals, the log's receiver."""
 
+import errno
 import os
 import subprocess
 import sys
 
 import pytest
+from made_up_runs import LAPTOP, draw, records, usual_entry, write_run
 from tiny import ROOT, run_script, tiny_scale
+
+from lab.process import ExperimentError, file_lock
 
 
 @pytest.mark.parametrize("name", ["COSINE_SAE_CACHE", "HF_HOME", "HF_DATASETS_CACHE", "WANDB_DIR"])
@@ -29,3 +33,148 @@ def test_a_relative_cache_gives_the_same_bytes_as_an_absolute_one(tiny_model, tm
     first, second = (tmp_path / folder / "run_7/final_info.json" for folder in "ab")
     assert first.read_bytes() == second.read_bytes()
     assert not list(tmp_path.glob("b/*cache*"))
+
+
+# ── Python and systems ──────────────────────────────────────────────────────────────────────────
+
+PRETEND = """
+import runpy, sys
+sys.modules.update(dict.fromkeys(("torch", "numpy", "matplotlib")))  # nothing is installed
+sys.{what} = {value!r}
+sys.argv = [{script!r}]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", ["experiment.py", "plot.py"])
+@pytest.mark.parametrize(
+    ("what", "value", "sentence"),
+    [
+        ("version_info", (3, 13, 1), "wheel for Python 3.13: use Python 3.11 or 3.12"),
+        ("version_info", (3, 10, 9), "wheel for Python 3.10: use Python 3.11 or 3.12"),
+        ("platform", "win32", "error: Windows lacks the file locks used here: run this inside WSL"),
+    ],
+)
+def test_a_python_or_system_that_cannot_run_this_is_told_before_any_package_is_imported(
+    what, value, sentence, script
+):
+    code = PRETEND.format(what=what, value=value, script=str(ROOT / script))
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    (line,) = found.stderr.splitlines()
+    assert line.startswith("error: ") and sentence in line
+
+
+def test_the_project_names_the_pythons_that_its_pins_have_wheels_for():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == ">=3.11,<3.13"
+
+
+@pytest.mark.parametrize("first", ["sae_lens", "experiment"])
+def test_what_the_readme_imports_can_be_imported_in_either_order(first):
+    """After the README's install, which takes out a torchvision built for another torch."""
+    other = {"sae_lens": "experiment", "experiment": "sae_lens"}[first]
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {first}; import {other}; "
+    code += "experiment.register_with_sae_lens()"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+# ── Terminals ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_terminal_that_is_not_utf8_costs_signs_and_no_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    for name in ("run_1", "run_7"):
+        write_run(tmp_path, name, {LAPTOP: usual_entry()}, records(8))
+    process = draw(tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "?" in process.stdout and "Traceback" not in process.stderr
+    assert (tmp_path / "report.html").exists()
+    command = [sys.executable, str(ROOT / "experiment.py")]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert process.returncode == 1 and "UnicodeEncodeError" not in process.stderr
+    assert process.stderr.splitlines()[-1].startswith("error: --out_dir is missing")
+
+
+# ── Locks ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_lock_is_ours_alone_until_it_is_let_go(tmp_path, wait):
+    with file_lock(tmp_path / "lock", wait) as free:
+        assert free
+        with file_lock(tmp_path / "lock") as again:
+            assert not again
+    with file_lock(tmp_path / "lock") as free:
+        assert free
+
+
+def test_a_file_system_without_locks_is_told_with_its_folder_and_a_way_round(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(ExperimentError) as error, file_lock(tmp_path / "lock", wait=True):
+        pass
+    message = str(error.value)
+    assert f"the file system of {tmp_path} has no locks (Function not implemented)" in message
+    assert "COSINE_SAE_CACHE" in message and "--out_dir" in message
+
+
+NO_LOCKS = """
+import errno, fcntl
+def flock(file, how):
+    if {part!r} in file.name:
+        raise OSError(errno.ENOLCK, "No locks available")
+fcntl.flock = flock
+"""
+
+
+@pytest.mark.parametrize(("part", "folder"), [("run_7", "run_7"), ("models", "cache")])
+def test_a_run_where_there_are_no_locks_ends_in_one_sentence(tiny_model, tmp_path, part, folder):
+    scale = tiny_scale(tiny_model)
+    if folder == "cache":
+        part = "documents"  # the first thing that this scale keeps
+    process = run_script(
+        "--out_dir=run_7", scale=scale, cache=tmp_path / "cache", cwd=tmp_path,
+        patch=NO_LOCKS.format(part=part),
+    )  # fmt: skip
+    assert process.returncode == 1
+    last = process.stderr.splitlines()[-1]
+    assert last.startswith("error: the file system of ") and folder in last
+    assert "No locks available" in last and "Traceback" not in process.stderr
+
+
+# ── Weights & Biases ────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_log_that_cannot_be_sent_is_told_before_any_work(tiny_model, tmp_path):
+    process = run_script(
+        "--out_dir=run_7", scale=tiny_scale(tiny_model), cache=tmp_path / "cache", cwd=tmp_path,
+        WANDB_PROJECT="sae", HOME=str(tmp_path), WANDB_API_KEY="",
+    )  # fmt: skip
+    assert process.returncode == 1
+    last = process.stderr.splitlines()[-1]
+    assert last.startswith("error: Weights & Biases refuses (No API key configured")
+    assert last.endswith("run `wandb login`, set WANDB_MODE=offline, or unset WANDB_PROJECT")
+    assert not (tmp_path / "run_7" / "config.json").exists()
+
+
+def test_a_training_that_is_taken_up_stays_one_run_of_weights_and_biases(tiny_model, tmp_path):
+    how = {"WANDB_PROJECT": "sae", "WANDB_MODE": "offline", "HOME": str(tmp_path)}
+    scale = tiny_scale(tiny_model, checkpoint_seconds=0)
+    stop = "step = experiment.Trainer.step\n"
+    stop += "def stopping(self, x):\n    import os, signal\n"
+    stop += "    if self.steps_done == 9: os.kill(os.getpid(), signal.SIGTERM)\n"
+    stop += "    return step(self, x)\nexperiment.Trainer.step = stopping"
+    shared = {"scale": scale, "cache": tmp_path / "cache", "cwd": tmp_path, "quick": True, **how}
+    assert run_script("--out_dir=run_7", patch=stop, **shared).returncode == 75
+    process = run_script("--out_dir=run_7", **shared)
+    assert process.returncode == 0, process.stderr
+    assert "going on from the checkpoint of step 10" in process.stdout
+    runs = [path.name for path in tmp_path.glob("wandb/offline-run-*")]
+    assert len(runs) == 2, "two executions"
+    assert len({name.split("-")[-1] for name in runs}) == 1, "of one run"

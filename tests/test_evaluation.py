@@ -1,6 +1,7 @@
 """An evaluation that is stopped goes on after its finished parts; what is missing says why."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -140,6 +141,47 @@ def test_saes_that_are_far_from_what_the_last_step_logged_stop_the_evaluation(tr
                 check(trained, **{name: other})
 
 
+# ── Before training ─────────────────────────────────────────────────────────────────────────────
+
+NO_TEXT = """
+real = lab.packaged_text.probing_task
+def with_a_text_of_nothing(*args):
+    train, test = real(*args)
+    test["Sport"][3] = "</s>"
+    return train, test
+lab.packaged_text.probing_task = with_a_text_of_nothing
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "patch", "sentence"),
+    [
+        (
+            {"absorption_words": 60},
+            "",
+            "absorption_words=60 gives 60 words of tiny-llama's",
+        ),
+        ({"tasks": ("news",)}, NO_TEXT, "a probing text of class 'Sport' has no ordinary token"),
+        ({"tasks": ("news", "nwes")}, "", "the task 'nwes' is not one of occupation, news,"),
+        (
+            {"k_values": (1, 80)},
+            "",
+            "k_values=(1, 80) asks for probes on more channels than",
+        ),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_before_it_costs_a_training(
+    tiny_model, tmp_path, changes, patch, sentence
+):
+    scale = tiny.tiny_scale(tiny_model, **changes)
+    process = tiny.run_script(
+        "--out_dir=run_7", scale=scale, cache=tmp_path / "cache", cwd=tmp_path, patch=patch
+    )
+    assert process.returncode == 1
+    assert sentence in process.stderr and "Traceback" not in process.stderr
+    assert not list((tmp_path / "cache").glob("training/*/*"))
+
+
 # ── Whole runs ──────────────────────────────────────────────────────────────────────────────────
 
 
@@ -162,5 +204,8 @@ def test_a_model_that_knows_too_few_letters_gives_null_with_a_reason_and_the_run
     assert missing >= {"absorption_full", "absorption_fraction", "absorption_letters"}
     assert not missing & {"probing_top_1", "fvu", "l0", "ce_recovered", "decoder_pw_mcc"}
     assert entry["final_info_dict"]["absorption_full"] == [None, None]
-    assert "20 letters" in entry["notes"]["absorption"]
+    assert re.match(
+        r"null: .* 20 letters .* of \d{3,} words as layer 1 of model has them, \d letters do: ",
+        entry["notes"]["absorption"],
+    )
     assert "absorption_full: null\n" in out

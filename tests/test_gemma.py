@@ -276,10 +276,13 @@ def test_a_network_that_stays_away_is_an_error_that_says_what_to_do(hub):
 # ── Before any work ──────────────────────────────────────────────────────────────────────────────
 
 
-def refused(hub: LocalHub, folder: Path, **environment: str) -> tuple[str, float]:
+def refused(
+    hub: LocalHub, folder: Path, text: str | None = None, **environment: str
+) -> tuple[str, float]:
     """The message of a run that cannot start, and the seconds it took."""
     begun = time.monotonic()
     scale = SCALES["gemma-2-2b"]
+    scale = replace(scale, text=text or scale.text)
     finish(start(hub, folder / "cache", folder, scale, **environment), folder, status=1)
     assert not (folder / "run_2" / "config.json").exists()
     return (folder / "stderr").read_text(), time.monotonic() - begun
@@ -306,6 +309,23 @@ def test_all_that_cannot_be_had_is_listed_in_one_message(hub, tmp_path):
     assert "the dataset codeparrot/github-code is not at" in message
     assert "ag_news" not in message
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (f"{TEXT}@{'0' * 40}", f"the dataset {TEXT} has no revision {'0' * 40}: see"),
+        ("codeparrot/github-code@main", "has no column 'text', but 'content', 'repo_name', 'pat"),
+        ("Helsinki-NLP/europarl@main", "has no text in a layout that is known here (plain_text/"),
+    ],
+    ids=["revision", "column", "layout"],
+)
+def test_text_that_is_not_where_it_is_said_to_be_is_named_before_any_work(
+    hub, tmp_path, text, complaint
+):
+    message, _ = refused(hub, tmp_path, text)
+    assert complaint in message
+    assert "network" not in message and "Traceback" not in message
 
 
 # ── Several processes ────────────────────────────────────────────────────────────────────────────

@@ -11,7 +11,7 @@ import torch
 
 import lab.language_model
 from lab.devices import device_kind
-from lab.language_model import LanguageModel
+from lab.language_model import LanguageModel, load_language_model
 from lab.process import ExperimentError, quiet_transformers
 from lab.storage import file_sha256
 
@@ -107,7 +107,24 @@ def gemma(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["llama", "neox", "gemma"])
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory) -> Path:
+    """A tiny random GPT-2: its blocks are called h and its norm ln_f, positions are learned."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-gpt2"
+    size = {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 64}
+    config = GPT2Config(vocab_size=len(tiny.make_tokenizer(folder)), **size)
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config)
+        for weight in model.parameters():  # biases start at 0, norms at 1
+            weight.data += 0.1 * torch.randn(weight.shape) * (weight.dim() == 1)
+        model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["llama", "neox", "gemma", "gpt2"])
 def folder(request) -> Path:
     name = {"llama": "tiny_model"}.get(request.param, request.param)
     return request.getfixturevalue(name)
@@ -131,7 +148,8 @@ def test_the_last_blocks_residual_stream_is_read_before_the_final_norm(folder):
     lm, model = load(folder, (3,)), whole(folder)
     tokens, base = tokens_for(model), model.base_model
     seen: list[torch.Tensor] = []
-    norm = base.norm if hasattr(base, "norm") else base.final_layer_norm
+    names = {"neox": "final_layer_norm", "gpt2": "ln_f"}
+    norm = getattr(base, names.get(folder.name.removeprefix("tiny-"), "norm"))
     norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     after = base(tokens).last_hidden_state
     torch.testing.assert_close(lm.residuals(tokens)[3], seen[0], rtol=1e-6, atol=1e-6)
@@ -226,6 +244,63 @@ def test_a_tokenizer_without_a_padding_token_pads_with_its_eos_which_is_never_tr
     tokens = lm.tokenizer(["w1 w2", "w4"], padding=True, return_tensors="pt").input_ids
     assert tokens.tolist() == [[0, 2, 3], [0, 5, 0]]
     assert lm.is_special(tokens).tolist() == [[True, False, False], [True, False, True]]
+
+
+# ── Models that cannot be read with ─────────────────────────────────────────────────────────────
+
+
+def changed(folder: Path, to: Path, file: str, **values) -> Path:
+    """A copy of a model's folder with other values in one of its JSON files."""
+    shutil.copytree(folder, to)
+    held = json.loads((to / file).read_text())
+    (to / file).write_text(json.dumps(held | values))
+    return to
+
+
+@pytest.mark.parametrize("token", ["bos_token", "eos_token"])
+def test_a_tokenizer_without_bos_or_eos_is_refused_at_loading(tiny_model, tmp_path, token):
+    folder = changed(tiny_model, tmp_path / "m", "tokenizer_config.json", **{token: None})
+    with pytest.raises(ExperimentError, match=f"tokenizer of tiny has no {token}: every context"):
+        load(folder, (1,))
+
+
+def test_a_model_that_does_not_predict_the_next_token_is_refused_at_loading(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "d_model": 8}))
+    with pytest.raises(ExperimentError, match="tiny is a T5, not a causal language model"):
+        load(tmp_path, (1,))
+
+
+def test_a_model_whose_blocks_are_not_found_is_refused_at_loading(tmp_path):
+    from transformers import XLMConfig, XLMWithLMHeadModel
+
+    folder = tmp_path / "xlm"
+    vocabulary = len(tiny.make_tokenizer(folder))
+    config = XLMConfig(vocab_size=vocabulary, emb_dim=16, n_layers=1, n_heads=2, causal=True)
+    with quiet_transformers():
+        XLMWithLMHeadModel(config).save_pretrained(folder)
+    with pytest.raises(ExperimentError, match="XLMWithLMHeadModel, and where that keeps its bl"):
+        load(folder, (0,))
+
+
+def test_a_scale_that_a_model_cannot_read_is_refused_at_loading(tiny_model):
+    scale = tiny.tiny_scale(tiny_model, context_length=257)
+    with pytest.raises(ExperimentError, match=r"context_length=257 is more than .* reads, 256"):
+        load_language_model(scale)
+    scale = tiny.tiny_scale(tiny_model, k_values=(1, 65))
+    with pytest.raises(ExperimentError, match=r"more channels than .* has, 64"):
+        load_language_model(scale)
+
+
+@torch.no_grad()
+def test_the_same_model_in_another_dtype_is_loaded_once(tiny_model):
+    lm = load(tiny_model, (1,), torch.bfloat16)
+    assert lm.reading_in(torch.bfloat16) is lm
+    exact = lm.reading_in(torch.float32)
+    assert exact is lm.reading_in(torch.float32)
+    tokens = tokens_for(lm.model)
+    assert torch.equal(exact.residuals(tokens)[1], load(tiny_model, (1,)).residuals(tokens)[1])
+    differ = {name for name in lm.identity if exact.identity[name] != lm.identity[name]}
+    assert differ == {"dtype"}
 
 
 # ── Memory ──────────────────────────────────────────────────────────────────────────────────────
@@ -417,6 +492,34 @@ def hooked_gemma(folder: Path):
     return hooked
 
 
+def hooked_gpt2(folder: Path):
+    """TransformerLens' model of the same GPT-2 weights, unprocessed."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions.gpt2 import convert_gpt2_weights
+
+    model = whole(folder)
+    c = model.config
+    hooked = HookedTransformer(
+        HookedTransformerConfig(
+            n_layers=c.num_hidden_layers,
+            d_model=c.hidden_size,
+            d_head=c.hidden_size // c.num_attention_heads,
+            n_heads=c.num_attention_heads,
+            d_mlp=4 * c.hidden_size,
+            d_vocab=c.vocab_size,
+            n_ctx=c.max_position_embeddings,
+            act_fn="gelu_new",
+            normalization_type="LN",
+            eps=c.layer_norm_epsilon,
+            dtype=torch.float32,
+            device="cpu",
+        )
+    )
+    no_bias = {"unembed.b_U": torch.zeros(c.vocab_size)}
+    load_all(hooked, convert_gpt2_weights(model, hooked.cfg) | no_bias)
+    return hooked
+
+
 def load_all(hooked, state: dict[str, torch.Tensor]) -> None:
     """Load weights, after checking that TransformerLens' own buffers are all that is missing."""
     missing, unexpected = hooked.load_state_dict(state, strict=False)
@@ -424,7 +527,12 @@ def load_all(hooked, state: dict[str, torch.Tensor]) -> None:
     assert not set(missing) & set(dict(hooked.named_parameters()))
 
 
-HOOKED = {"tiny_model": hooked_llama, "neox": hooked_neox, "gemma": hooked_gemma}
+HOOKED = {
+    "tiny_model": hooked_llama,
+    "neox": hooked_neox,
+    "gemma": hooked_gemma,
+    "gpt2": hooked_gpt2,
+}
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Means over probing texts are SAE-Bench's own, for all layers and SAEs in one pass."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from safetensors.torch import load_file
 
 from lab.language_model import LanguageModel
 from lab.probing import MeanByText, ProbingTexts, evaluate_probing
+from lab.process import ExperimentError
 from lab.results import without_times
 from lab.saved_sae import load_sae, read_out
 
@@ -30,6 +32,55 @@ def padded_texts(lm) -> dict[str, dict[str, torch.Tensor]]:
         tokens[1, 5] = lm.tokenizer.eos_token_id
         texts[label] = {"input_ids": tokens}
     return texts
+
+
+# What may coincide: BOS, EOS, padding, and the token of unknown words.
+COINCIDE = {
+    "all differ": ("<s>", "</s>", "<pad>"),
+    "pad is BOS": ("<s>", "</s>", "<s>"),
+    "pad is EOS": ("<s>", "</s>", "</s>"),
+    "pad is unk": ("<s>", "</s>", "<unk>"),
+    "BOS is EOS": ("<s>", "<s>", "<pad>"),
+    "all are one": ("<s>", "<s>", "<s>"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "read again"])
+@pytest.mark.parametrize("special", COINCIDE.values(), ids=COINCIDE)
+def test_means_are_sae_benchs_own_whichever_special_tokens_coincide(
+    trained, two_layers, tmp_path, special, keep, monkeypatch
+):
+    """Its own functions mask by the tokens themselves; a text may hold any of them anywhere."""
+    from sae_bench.sae_bench_utils import activation_collection as theirs
+
+    lm, sae = two_layers, load_sae(next(iter(trained.saved.values())))
+    monkeypatch.setattr(lm, "tokenizer", copy.deepcopy(lm.tokenizer))
+    lm.tokenizer.bos_token, lm.tokenizer.eos_token, lm.tokenizer.pad_token = special
+    bos, _, pad, unk = lm.tokenizer.convert_tokens_to_ids([*special, "<unk>"])
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(4, len(lm.tokenizer), (6, 12), generator=generator)
+    tokens[:, 0] = bos
+    for row, length in zip(tokens, (12, 12, 9, 5, 3, 2), strict=True):
+        row[length:] = pad
+    tokens[0, 5], tokens[1, 11], tokens[2, 4:6], tokens[3, 2] = unk, pad, pad, unk
+    scale = replace(trained.scale, keep_activations=keep, evaluation_dtype="float32", lm_batch=4)
+    texts = ProbingTexts(scale, lm, tmp_path, {1: [sae]})
+    handles = texts.collect({"a": {"input_ids": tokens}}, None, 4, 1, "", True)
+    acts = lm.residuals(tokens)[1] * theirs.get_bos_pad_eos_mask(tokens, lm.tokenizer)[..., None]
+    expected = theirs.create_meaned_model_activations({"a": acts})["a"]
+    torch.testing.assert_close(texts.mean_residuals(handles)["a"], expected, rtol=1e-5, atol=1e-5)
+    expected = theirs.get_sae_meaned_activations({"a": acts}, sae, 5)["a"]
+    found = texts.mean_latents(handles, sae, 5)["a"]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_text_without_an_ordinary_token_is_refused_by_its_class(trained, two_layers, tmp_path):
+    inputs = padded_texts(two_layers)
+    inputs["b"]["input_ids"][4, 1:] = two_layers.tokenizer.eos_token_id
+    texts = ProbingTexts(trained.scale, two_layers, tmp_path, {})
+    with pytest.raises(ExperimentError, match=r"class 'b' has no ordinary token"):
+        texts.collect(inputs, None, 4, 1, "", True)
 
 
 def padded_residuals(lm, texts: dict, layer: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:

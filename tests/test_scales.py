@@ -64,6 +64,10 @@ def test_a_number_of_things_that_is_no_whole_number_is_refused_by_name(name, val
         ("layers", {"layers": (3, 3)}),
         ("k_values", {"k_values": ()}),
         ("k_values", {"k_values": (0, 1)}),
+        ("k_values=(1, 65) must be .* at most d_sae=64", {"k_values": (1, 65)}),
+        ("tasks=()", {"tasks": ()}),
+        ("probe_train_set_size=42 must be a multiple of 4", {"probe_train_set_size": 42}),
+        ("probe_test_set_size=2 must be a multiple of 4", {"probe_test_set_size": 2}),
         ("batch_tokens=10 must be a multiple of lanes=4", {"lanes": 4}),
         ("block_contexts=12 must be a multiple of lanes=5", {"lanes": 5, "block_contexts": 12}),
         ("training_dtype", {"training_dtype": "float16"}),
@@ -77,7 +81,7 @@ def test_a_number_of_things_that_is_no_whole_number_is_refused_by_name(name, val
     ],
 )
 def test_a_bad_value_of_a_scale_is_refused_by_name(named, changes):
-    with pytest.raises(ExperimentError, match=named):
+    with pytest.raises(ExperimentError, match=named.replace("(", r"\(").replace(")", r"\)")):
         hundred_steps(**changes)
 
 

@@ -17,9 +17,10 @@ import pytest
 import torch
 from tiny import randn
 
-from lab.checkpoints import Checkpoints, TrainingLog
+from lab.checkpoints import Checkpoints
 from lab.process import ExperimentError
 from lab.state import check_kept
+from lab.training_log import TrainingLog
 
 
 class Holder:

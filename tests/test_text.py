@@ -161,6 +161,7 @@ def test_a_stream_that_breaks_off_goes_on_at_the_same_document(monkeypatch, caps
                     raise ConnectionError("reset by peer\nand more")
                 yield {"text": f"document {i}"}
 
+    monkeypatch.setattr(lab.text, "text_files", lambda source: [])
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Rows())
     monkeypatch.setattr(time, "sleep", waits.append)
     found = list(streamed_documents("some/text@main", 2))
@@ -175,6 +176,23 @@ def test_a_stream_that_breaks_off_goes_on_at_the_same_document(monkeypatch, caps
     with pytest.raises(ExperimentError, match=r"some/text .* document 2, 6 times in a row"):
         list(streamed_documents("some/text@main", 2))
     assert waits == [1, 2, 4, 8, 16]
+
+
+def test_a_row_without_text_is_an_empty_document_and_one_without_the_column_an_error(monkeypatch):
+    """The documents after it keep their numbers: a run that is taken up counts them."""
+    import datasets
+
+    rows = [{"text": "a"}, {"text": None}, {"text": "c"}]
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    monkeypatch.setattr(lab.text, "text_files", lambda source: [])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
+    assert list(streamed_documents("some/text@main")) == ["a", "", "c"]
+    assert list(streamed_documents("some/text@main", 2)) == ["c"]
+    stream = stream.rename_column("text", "content")
+    with pytest.raises(
+        ExperimentError, match=r"some/text@main has no column 'text', but 'content'"
+    ):
+        list(streamed_documents("some/text@main"))
 
 
 # ── Reading ahead ───────────────────────────────────────────────────────────────────────────────

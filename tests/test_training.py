@@ -19,13 +19,14 @@ import lab.activations
 import lab.text
 from experiment import Trainer
 from lab.activations import calibrate
-from lab.checkpoints import Checkpoints, Keeper, TrainingLog, settled
+from lab.checkpoints import Checkpoints, Keeper
 from lab.devices import Ranks
 from lab.online_absorption import OnlineAbsorption
 from lab.process import ExperimentError, Interrupted, Signals
 from lab.saved_sae import of_one_seed
 from lab.scales import Scale
 from lab.state import load_state, save_state
+from lab.training_log import TrainingLog, settled
 
 # ── A trainer ───────────────────────────────────────────────────────────────────────────────────
 
@@ -34,7 +35,7 @@ SCALE = Scale(
     "tiny", "none", "sae-probes", (1, 12), training_tokens=14 * 32 + 5, batch_tokens=32,
     context_length=9, heldout_contexts=4, d_sae=24, n_seeds=2, target_l0=4.0, lm_batch=5,
     block_contexts=16, lanes=4, checkpoint_seconds=3600, training_dtype="float32", online_every=3,
-    online_words=30,
+    online_words=30, k_values=(1,), tasks=("news",),
 )  # fmt: skip
 OURS = replace(RECIPE, learning_rate=0.02, initial_l0_fraction=0.5, ema_horizon_fraction=0.3)
 # One run of every kind: average, adaptive pace, alpha = 1, alpha = 0, learned blend.

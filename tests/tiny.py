@@ -24,7 +24,7 @@ import torch
 
 import experiment
 from lab.absorption import evaluate_absorption
-from lab.checkpoints import Checkpoints, Keeper, TrainingLog
+from lab.checkpoints import Checkpoints, Keeper
 from lab.devices import Ranks
 from lab.identity import experiment_fingerprint
 from lab.language_model import load_language_model
@@ -36,6 +36,7 @@ from lab.saved_sae import save_saes
 from lab.scales import SCALES, Scale
 from lab.storage import file_sha256
 from lab.text import Lane, heldout_contexts
+from lab.training_log import TrainingLog
 
 ROOT = Path(experiment.__file__).resolve().parent
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -44,15 +45,9 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 PIECE = r" ?[A-Za-z]+|\n| ?[^A-Za-z\s]|\s"
 
 
-def make_tokenizer(folder: Path, per_letter: int = 40):
-    """Words of the probing texts, `per_letter` of each first letter, with and without a space.
-
-    The pieces of SAE-Bench's prompts ("\\ncat has the first letter: C") are single tokens, so that
-    all prompts are equally long and the word stands at position -6.  Other words are <unk>.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
+def vocabulary(per_letter: int = 40) -> list[str]:
+    """Pieces of text: those of SAE-Bench's prompts ("\\ncat has the first letter: C"), and words of
+    the probing texts, `per_letter` of each first letter, with and without a space."""
     counts: Counter[str] = Counter()
     for number in (97, 157):  # news articles, reviews
         for text, _ in sae_probes_rows(number)[:600]:
@@ -65,17 +60,25 @@ def make_tokenizer(folder: Path, per_letter: int = 40):
     for letter, found in words.items():  # rare first letters are filled up with made-up words
         made_up = (f"{s}{letter}{a}q{b}" for a in LETTERS for b in LETTERS for s in ("", " "))
         found += [word for word, _ in zip(made_up, range(per_letter - len(found)), strict=False)]
-    pieces = [
+    return [
         *(f" {letter}" for letter in LETTERS.upper()),
         *(" has", " the", " first", " letter"),
         *(space + chr(code) for code in range(33, 127) for space in ("", " ")),
         *"\n\t ",
         *(word for letter in LETTERS for word in words[letter]),
     ]
+
+
+def make_tokenizer(folder: Path):
+    """vocabulary() as single tokens, so that all prompts are equally long and the word stands at
+    position -6.  Other words are <unk>."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    names = [*SPECIAL, *(bytes_of.pre_tokenize_str(piece)[0][0] for piece in pieces)]
-    vocabulary = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    names = [*SPECIAL, *(bytes_of.pre_tokenize_str(piece)[0][0] for piece in vocabulary())]
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(PIECE), "isolated"), bytes_of]
     )
@@ -89,11 +92,11 @@ def spell_first_letters(model, tokenizer) -> torch.Tensor:
     """Fill a model's embedding at random, but for 26 directions that say a token's first letter.
 
     Returns the embedding [vocabulary, D]."""
-    embedding = model.model.embed_tokens.weight.data.normal_()
+    embedding = model.get_input_embeddings().weight.data.normal_()
     embedding[:, : len(LETTERS)] *= 0.1
     for token, index in tokenizer.vocab.items():
         letter = tokenizer.convert_tokens_to_string([token]).strip()[:1].lower()
-        if letter.isalpha() and token not in SPECIAL:
+        if letter and letter in LETTERS:
             embedding[index, LETTERS.index(letter)] += 4
     return embedding
 
@@ -177,6 +180,7 @@ def hundred_steps(**changes) -> Scale:
         "n_seeds": 2,
         "target_l0": 4.0,
         "lanes": 2,
+        "tasks": ("news",),
     }
     return Scale(**values | changes)
 
@@ -223,6 +227,7 @@ def nothing_scored(scale, alphas, lm, units, saved, heldout, records, work, cloc
 
 if {quick!r}:
     experiment.evaluate = nothing_scored
+    lab.evaluation.probing_artifacts = lambda *_: None
 lists = json.loads({scale!r})
 values = {{k: tuple(v) if isinstance(v, list) else v for k, v in lists.items()}}
 lab.scales.SCALES[values["name"]] = lab.scales.Scale(**values)
@@ -340,7 +345,7 @@ N_DOCUMENTS = 400
 # A block is 2 contexts of 5 tokens from each of 4 lanes; a batch is 2 rows of each.
 IN_LANES = Scale(
     "tiny", "none", "sae-probes", (0, 2), 64, batch_tokens=8, context_length=6,
-    heldout_contexts=7, lm_batch=3, block_contexts=8, lanes=4,
+    heldout_contexts=7, lm_batch=3, block_contexts=8, lanes=4, tasks=("news",),
 )  # fmt: skip
 
 
