@@ -156,18 +156,10 @@ lab.packaged_text.probing_task = with_a_text_of_nothing
 @pytest.mark.parametrize(
     ("changes", "patch", "sentence"),
     [
-        (
-            {"absorption_words": 60},
-            "",
-            "absorption_words=60 gives 60 words of tiny-llama's",
-        ),
+        ({"absorption_words": 60}, "", "absorption_words=60 gives 60 words of tiny-llama's"),
         ({"tasks": ("news",)}, NO_TEXT, "a probing text of class 'Sport' has no ordinary token"),
         ({"tasks": ("news", "nwes")}, "", "the task 'nwes' is not one of occupation, news,"),
-        (
-            {"k_values": (1, 80)},
-            "",
-            "k_values=(1, 80) asks for probes on more channels than",
-        ),
+        ({"k_values": (1, 80)}, "", "k_values=(1, 80) asks for probes on more channels than"),
     ],
 )
 def test_what_cannot_be_scored_is_refused_before_it_costs_a_training(
