@@ -10,7 +10,7 @@ SAE costs in a study.  The scores stand side by side.
             SmolLM2 is not in its list); probes, words and texts are this program's, since
             SAE-Bench's own cannot be had without a hub
     here    evaluate_absorption and evaluate_probing of lab/, whose language model reads in
-            bfloat16: that, and nothing else, is what scores may differ by
+            float32 as well: scores may differ by rounding, and by what near ties decide
 
 Sparse probing is compared on a part of the tasks, since stock reads every text padded to 128 tokens
 with the whole model.  Writes results/compare_evaluation_<bfloat16 units>.json.
