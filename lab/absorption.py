@@ -6,7 +6,7 @@ import torch
 
 from lab.bench import evaluation_key, sae_bench
 from lab.language_model import LanguageModel
-from lab.process import say
+from lab.process import require, say
 from lab.saved_sae import load_sae
 from lab.scales import Scale
 from lab.seeds import seed_everything
@@ -39,6 +39,12 @@ def first_letter_probes(scale: Scale, lm: LanguageModel, layer: int) -> Path:
                     bench.model, **where | {"device": "cpu"}, split=split
                 )
                 parts[split] = X.float(), torch.tensor([letter for _, letter in words])
+        present = set(parts["train"][1].tolist())
+        require(
+            len(present) == 26,
+            f"{26 - len(present)} letters have no word to train a probe on: raise "
+            f"absorption_words={scale.absorption_words}",
+        )
         weight, bias = (p.detach().float().cpu() for p in (probe.weights, probe.biases))
         X, y = parts["test"]
         found = X @ weight.T + bias > 0

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from lab import quick_probes
 from lab.hub import copy_of
 from lab.language_model import LanguageModel
 from lab.packaged_text import TASKS, task_of_pairs
@@ -150,7 +151,9 @@ def sae_bench(
     """
     from sae_bench.evals.absorption import common, feature_absorption, k_sparse_probing
     from sae_bench.evals.absorption import main as absorption
+    from sae_bench.evals.absorption import probing as absorption_probing
     from sae_bench.evals.sparse_probing import main as probing
+    from sae_bench.evals.sparse_probing import probe_training
     from sae_bench.sae_bench_utils import activation_collection, dataset_info, dataset_utils
 
     seed, dtype = scale.evaluation_seed, getattr(torch, scale.evaluation_dtype)
@@ -197,7 +200,15 @@ def sae_bench(
                 experiment_dir=work / "absorption",
             ),
         )
-        substitute(k_sparse_probing, eval_probe_and_sae_k_sparse_raw_scores=k_sparse_scores)
+        faster = (
+            quick_probes.train_k_sparse_probes,
+            quick_probes.eval_probe_and_sae_k_sparse_raw_scores,
+            quick_probes.sae_k_sparse_metadata,
+            quick_probes.build_metrics_df,
+        )
+        substitute(k_sparse_probing, **{made.__name__: made for made in faster})
+        substitute(absorption_probing, DataLoader=quick_probes.in_whole_batches)
+        substitute(probe_training, train_probe_gpu=quick_probes.train_probe_gpu)
         for module in (common, feature_absorption):
             substitute(module, get_alpha_tokens=lambda *_, **__: list(words))
         substitute(
@@ -224,37 +235,6 @@ def sae_bench(
             )
         finally:
             set_generators(before)
-
-
-@torch.no_grad()
-def k_sparse_scores(
-    sae,
-    probe,
-    k_sparse_probes: dict,
-    eval_labels: list,
-    eval_activations: torch.Tensor,
-    eval_batch_size: int,
-):
-    """SAE-Bench's eval_probe_and_sae_k_sparse_raw_scores, a column at a time: cell by cell, as it
-    has it, is 260 tiny products a word.  Latents' activations, which nobody reads, are left out."""
-    from pandas import DataFrame
-    from sae_bench.evals.absorption.vocab import LETTERS
-
-    batches = eval_activations.to(sae.device).split(eval_batch_size)
-    acts_NF = torch.cat([sae.encode(x.to(sae.dtype)).float().cpu() for x in batches])
-    found_NK = torch.cat([probe.to(sae.device)(x).float().cpu() for x in batches])
-    columns = {
-        "token": [token for token, _ in eval_labels],
-        "answer_letter": [LETTERS[answer] for _, answer in eval_labels],
-    }
-    for i, letter in enumerate(LETTERS):
-        columns[f"score_probe_{letter}"] = found_NK[:, i].double().numpy()
-        for k, probes in k_sparse_probes.items():
-            chosen_Nk = acts_NF[:, probes[i].feature_ids]
-            scores_N = chosen_Nk @ probes[i].weight + probes[i].bias
-            columns[f"score_sparse_sae_{letter}_k_{k}"] = scores_N.double().numpy()
-            columns[f"sum_sparse_sae_{letter}_k_{k}"] = chosen_Nk.sum(1).double().numpy()
-    return DataFrame(columns)
 
 
 def first_letter_words(scale: Scale, lm: LanguageModel) -> list[str]:

@@ -15,10 +15,9 @@ import torch
 from test_language_model import LAYERS, hooked_llama, load
 from tiny import scores
 
-from lab.bench import as_hooked_transformer, first_letter_words, k_sparse_scores, sae_bench
+from lab.bench import as_hooked_transformer, first_letter_words, sae_bench
 from lab.probing import ProbingTexts
 from lab.process import ExperimentError
-from lab.saved_sae import load_sae
 
 # ── What SAE-Bench is given ─────────────────────────────────────────────────────────────────────
 
@@ -96,36 +95,6 @@ def test_a_model_that_reads_in_another_dtype_than_is_noted_down_is_not_scored(tr
         sae_bench(trained.scale, trained.lm),
     ):
         pass
-
-
-def test_word_scores_are_sae_benchs_own_cell_by_cell(trained):
-    from sae_bench.evals.absorption import k_sparse_probing as theirs
-    from sae_bench.evals.absorption.probing import LinearProbe
-
-    g = torch.Generator().manual_seed(0)
-    sae, probe = load_sae(next(iter(trained.saved.values()))), LinearProbe(64, 26)
-    x, labels = torch.randn(50, 64, generator=g), [(f"word{i}", i % 26) for i in range(50)]
-    probes = {
-        k: {
-            letter: theirs.KSparseProbe(
-                torch.randn(k, generator=g),
-                torch.randn((), generator=g),
-                torch.randperm(96, generator=g)[:k],
-            )
-            for letter in range(26)
-        }
-        for k in (1, 3)
-    }
-    arguments = sae, probe, probes, labels, x, 16
-    expected = theirs.eval_probe_and_sae_k_sparse_raw_scores(*arguments)
-    found = k_sparse_scores(*arguments)
-    left_out = {name for name in expected if name.endswith("_acts")}
-    assert set(found) == set(expected) - left_out
-    for name in found:
-        if found[name].dtype.kind == "f":
-            assert found[name].to_numpy() == pytest.approx(expected[name].to_numpy(), abs=1e-4)
-        else:
-            assert found[name].tolist() == expected[name].tolist()
 
 
 # ── What is as before ───────────────────────────────────────────────────────────────────────────
