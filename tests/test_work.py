@@ -198,7 +198,7 @@ def another(config: object, name: str) -> dict:
     value = getattr(config, name)
     values = {
         "schedule": "fixed", "name": "other", "title": "other", "text": "a/b@c",
-        "language_model": "other", "layers": (0, 1), "tasks": ("news",), "k_values": (1, 3),
+        "language_model": "other", "layers": (0, 1), "tasks": ("code",), "k_values": (1, 3),
         "readout_alphas": (0.25,), "training_dtype": "float32", "evaluation_dtype": "float32",
         "absorption_words": 100, "batch_tokens": 20, "lanes": 1,
     }  # fmt: skip

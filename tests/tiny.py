@@ -181,6 +181,7 @@ def hundred_steps(**changes) -> Scale:
         "target_l0": 4.0,
         "lanes": 2,
         "tasks": ("news",),
+        "k_values": (1, 2),
     }
     return Scale(**values | changes)
 
