@@ -47,6 +47,7 @@ from lab.checkpoints import Checkpoints, Keeper
 from lab.devices import Ranks, training_device
 from lab.evaluation import check_all, evaluate, prepare
 from lab.folders import begin, chosen_run, finish, is_finished
+from lab.hub import is_offline, stay_offline
 from lab.identity import experiment_fingerprint
 from lab.language_model import LanguageModel, load_language_model
 from lab.online_absorption import OnlineAbsorption, online_absorption
@@ -812,11 +813,13 @@ def execute(out_dir: Path, name: str, scale: Scale, ranks: Ranks, signals: Signa
     if first:
         preflight(scale, out_dir)
         config = begin(out_dir, identity, __file__, config)
+    if ranks.first(is_offline()):
+        stay_offline()
 
     lm = load_language_model(scale)
     heldout, first_document = heldout_contexts(scale, lm)
     clock.lap("language model and text")
-    prepare(scale, lm)
+    config |= prepare(scale, lm)
     clock.lap("first-letter probes and probing texts")
 
     work = Work(training_identity(name, scale, lm, settings, experiment))

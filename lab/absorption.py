@@ -7,6 +7,7 @@ import torch
 from lab.bench import evaluation_key, sae_bench
 from lab.language_model import LanguageModel
 from lab.process import require, say
+from lab.quick_probes import F1_JUMP
 from lab.saved_sae import load_sae
 from lab.scales import Scale
 from lab.seeds import seed_everything
@@ -42,8 +43,8 @@ def first_letter_probes(scale: Scale, lm: LanguageModel, layer: int) -> Path:
         present = set(parts["train"][1].tolist())
         require(
             len(present) == 26,
-            f"{26 - len(present)} letters have no word to train a probe on: raise "
-            f"absorption_words={scale.absorption_words}",
+            f"{26 - len(present)} letters have no word among those that probes are trained on: "
+            "raise absorption_words, or choose a model that knows more words",
         )
         weight, bias = (p.detach().float().cpu() for p in (probe.weights, probe.biases))
         X, y = parts["test"]
@@ -67,6 +68,7 @@ def absorption_config(scale: Scale, lm: LanguageModel):
         llm_dtype=scale.evaluation_dtype,
         precalc_k_sparse_probe_sae_acts=True,  # else the words are encoded 260 times
         eval_k_sparse_probe_batch_size=1024,
+        f1_jump_threshold=F1_JUMP,
     )
 
 

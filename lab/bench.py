@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from string import ascii_lowercase
 from types import SimpleNamespace
 from unittest import mock
 
@@ -16,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from lab import quick_probes
-from lab.hub import copy_of
+from lab.hub import copy_of, files_in, missing_files, unreachable
 from lab.language_model import LanguageModel
 from lab.packaged_text import TASKS, task_of_pairs
-from lab.process import require
+from lab.process import first_line, require, say
 from lab.scales import Scale
 from lab.seeds import generators, seed_everything, seed_for, set_generators
 from lab.storage import cached, disjoint, save_tensors, tensor_sha256, versions
@@ -100,14 +101,23 @@ def load_data_only(name: str, *args, trust_remote_code: bool = False, languages=
 
     try:
         rows = load("")
-    except Exception as error:  # no network: the libraries in between have their own errors
+    except Exception as error:
+        if not unreachable(error):
+            raise
         folder = copy_of(name, "dataset")
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # Of github-code the first files will do; of the others all that there are.
+        missing = missing_files(files_in(folder)) if folder and languages is None else []
         require(
-            folder is not None,
-            f"the dataset {name} could not be read ({reason}), and no copy of it is kept on this "
-            "machine: check the network, then run the same command again",
+            folder is not None and not missing,
+            f"the dataset {name} could not be read ({first_line(error)}), and "
+            + (
+                f"the copy on this machine lacks {missing[0]}"
+                if missing
+                else "no copy is kept here"
+            )
+            + ": check the network, then run the same command again",
         )
+        say(f"{name}: the copy that the hub's client keeps is read, {folder}")
         rows = load(str(folder))
     if languages is None:
         return rows
@@ -250,12 +260,14 @@ def first_letter_words(scale: Scale, lm: LanguageModel) -> list[str]:
     if scale.absorption_words is not None and scale.absorption_words < len(words):
         words = random.Random(seed_for("words")).sample(words, scale.absorption_words)
     letters = Counter(word.strip()[0].lower() for word in words)
-    enough = sum(n >= 10 for n in letters.values())
+    enough, none = sum(n >= 10 for n in letters.values()), sorted({*ascii_lowercase} - {*letters})
     require(
-        enough >= 20,
+        enough >= 20 and not none,
         f"absorption_words={scale.absorption_words} gives {len(words)} words of {lm.name}'s "
-        f"vocabulary, and only {enough} letters have 10 of them: absorption needs 20 such letters; "
-        "raise absorption_words (None takes all), or choose a model that knows more words",
+        f"vocabulary, and only {enough} letters have 10 of them"
+        + (f", {', '.join(none)} none" if none else "")
+        + ": absorption needs 20 such letters and a word of each; raise absorption_words (None "
+        "takes all), or choose a model that knows more words",
     )
     return words
 

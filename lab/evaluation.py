@@ -24,12 +24,17 @@ from lab.scales import Scale
 from lab.storage import json_text, remembered, versions
 
 
-def prepare(scale: Scale, lm: LanguageModel) -> None:
+def prepare(scale: Scale, lm: LanguageModel) -> dict:
     """What scores need of the language model, made before training: a setting, a task or a text
-    that cannot be scored is refused before it costs a training.  Raises ExperimentError."""
+    that cannot be scored is refused before it costs a training.  Returns what config.json says of
+    it, a digest of the probing texts: datasets of the hub are known by name only.
+
+    Raises ExperimentError."""
+    texts = probing_artifacts(scale, lm)
     for layer in scale.layers:
         first_letter_probes(scale, lm, layer)
-    probing_artifacts(scale, lm)
+    names = sorted(path.name for path in texts.glob("*.safetensors"))  # of their tokens' sums
+    return {"probing_texts": hashlib.sha256(json_text(names).encode()).hexdigest()[:16]}
 
 
 def check_all(

@@ -3,9 +3,12 @@
 The facts about repositories that this program counts on stand in docs/hub.md, with their sources.
 """
 
+import json
 import re
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
 from lab.process import ExperimentError, require
 
@@ -13,7 +16,28 @@ from lab.process import ExperimentError, require
 # layout since its loading script went, that of its automatic conversion to parquet before, and
 # what datasets' push_to_hub() writes.
 LAYOUTS = ("plain_text/train-*.parquet", "plain_text/train/*.parquet", "data/train-*.parquet")
-OF = re.compile(r"-(\d+)-of-(\d+)\.\w+$")  # file k of n
+# File k of n; older versions of push_to_hub() put a hash behind it.
+OF = re.compile(r"-(\d+)-of-(\d+)(?:-[0-9a-f]{16})?\.\w+$")
+COUNTED = re.compile(r"/(\d+)\.parquet$")  # file k of the automatic conversion
+
+
+def unreachable(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, is that the hub could not be asked, or did not answer:
+    not that it said no."""
+    import requests
+    from huggingface_hub import errors
+
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status == 429 or status >= 500
+        known = (ConnectionError, TimeoutError, requests.ConnectionError, requests.Timeout)
+        ours = (*known, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)
+        transport = "TransportError" in {base.__name__ for base in type(error).__mro__}  # httpx's
+        if isinstance(error, ours) or transport:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def copy_of(name: str, kind: str, revision: str | None = None) -> Path | None:
@@ -31,6 +55,16 @@ def copy_of(name: str, kind: str, revision: str | None = None) -> Path | None:
         return None
 
 
+def files_in(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
 def stay_offline() -> None:
     """As HF_HUB_OFFLINE=1 from here on: where nobody answers, the client would ask five times, 31
     seconds long, about every file."""
@@ -42,38 +76,58 @@ def stay_offline() -> None:
 def model_is_kept(name: str) -> bool:
     """Whether the hub's client keeps all that a model is read from."""
     folder = copy_of(name, "model")
-    if folder is None:
+    if folder is None or not (folder / "config.json").exists():
         return False
-    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-    parts = [OF.search(path.name) for path in weights]
-    whole = all(not part or len(weights) >= int(part[2]) for part in parts)
-    tokenizer = any(folder.glob("tokenizer*"))
-    return bool(weights) and whole and tokenizer and (folder / "config.json").exists()
+    for weights in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{weights}.index.json"
+        parts = [weights]
+        if index.exists():
+            parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        if all((folder / part).exists() for part in parts):
+            return any(folder.glob("tokenizer.*"))
+    return False
 
 
-def text_files(source: str) -> list[str]:
-    """Addresses of the files that hold the text of "dataset@revision", in their order: on the hub,
-    or of the client's copies, as many as follow one another from the first, where the hub cannot be
-    reached.
+def missing_files(files: Iterable[str]) -> list[str]:
+    """Which of the files that call themselves "k of n" are not there, by the names of their
+    kind ("data/train-00003-of-00080")."""
+    groups: dict[tuple[str, int], set[int]] = {}
+    for file in files:
+        if found := OF.search(file):
+            groups.setdefault((file[: found.start()], int(found[2])), set()).add(int(found[1]))
+    return [
+        f"{stem}-{k:05d}-of-{n:05d}"
+        for (stem, n), there in groups.items()
+        for k in range(n)
+        if k not in there
+    ]
+
+
+class TextFiles(NamedTuple):
+    """The files that hold a text, in their order."""
+
+    addresses: list[str]  # on the hub, or of the copies that its client keeps
+    not_kept: str | None = None  # the file after the last, where only copies could be had
+
+
+def text_files(source: str) -> TextFiles:
+    """The files of "dataset@revision"; where the hub cannot be reached, of the client's copies as
+    many as follow one another from the first.
 
     Raises ExperimentError where they lie in no known layout or are not all there, and what the
     hub's client raises where there is neither hub nor copy.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     name, revision = source.split("@")
     root, copied = f"hf://datasets/{source}", False
     try:
         names = HfApi().list_repo_files(name, repo_type="dataset", revision=revision)
-    except (RepositoryNotFoundError, RevisionNotFoundError):  # a gated one is listed
-        raise
-    except Exception:  # no network: the libraries in between have their own errors
-        folder = copy_of(name, "dataset", revision)
+    except Exception as error:
+        folder = copy_of(name, "dataset", revision) if unreachable(error) else None
         if folder is None:
             raise
-        root, copied = str(folder), True
-        names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+        root, copied, names = str(folder), True, files_in(folder)
     found = ([n for n in sorted(names) if fnmatch(n, layout)] for layout in LAYOUTS)
     files = next(filter(None, found), [])
     require(
@@ -82,19 +136,17 @@ def text_files(source: str) -> list[str]:
         f"revision that has, or add its layout to LAYOUTS in lab/hub.py; it holds "
         f"{', '.join(sorted(names)[:5]) or 'nothing'}",
     )
-    numbered = list(map(OF.search, files))
-    if all(numbered):
-        of = int(numbered[0][2])
-        if copied:
-            follows = (int(n[1]) == i for i, n in enumerate(numbered))
-            files = [file for file, next_one in zip(files, follows, strict=True) if next_one]
-        there = len(files) == of or (copied and files)
-        require(
-            bool(there),
-            f"{source} has {len(numbered)} of the {of} files of its text, beginning with "
-            f"{Path(numbered[0].string).name}: name a revision that has all",
-        )
-    return [f"{root}/{file}" for file in files]
+    numbered = [OF.search(file) or COUNTED.search(file) for file in files]
+    counted = [int(found[1]) if found else -1 for found in numbered]
+    follow = next((i for i, k in enumerate(counted) if i != k), len(files))
+    missing = missing_files(files) or ([f"number {follow}"] if follow < len(files) else [])
+    require(
+        not missing or (copied and follow > 0),
+        f"{source} has not all files of its text, but {len(files)}, beginning with {files[0]} (not "
+        f"there: {missing[0] if missing else ''}): name a revision that has all",
+    )
+    addresses = [f"{root}/{file}" for file in files[:follow]]
+    return TextFiles(addresses, missing[0] if missing else None)
 
 
 def text_column(address: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lab.devices import device_kind, training_device
-from lab.process import quiet_transformers, require, say
+from lab.process import ExperimentError, first_line, quiet_transformers, require, say
 from lab.scales import Scale
 from lab.smollm2 import smollm2_folder
 from lab.storage import disjoint, file_sha256, versions
@@ -21,8 +21,9 @@ PLACES = ("layers", "h"), ("norm", "final_layer_norm", "ln_f")
 class LanguageModel:
     """The one model of a run: it feeds training, answers SAE-Bench, and scores reconstructions.
 
-    A Hugging Face causal model in bfloat16 (float32 for tests), cut after the last layer needed and
-    read by hooks; the tail (later blocks, final norm, unembedding) only runs in cross_entropy().
+    A Hugging Face causal model, cut after the last layer needed and read by hooks; the tail (later
+    blocks, final norm, unembedding) only runs in cross_entropy().  Training and fidelity read it in
+    bfloat16, SAE-Bench in the dtype that it notes down (reading_in()).
     The residual stream after block L is TransformerLens' blocks.L.hook_resid_post.
     """
 
@@ -30,14 +31,7 @@ class LanguageModel:
         """`model`, `tokenizer`: as transformers loads them; `identity`: what cached activations
         depend on.  Raises ExperimentError if the model has no such layer."""
         self.model = model.eval().requires_grad_(False)
-        base = self.model.base_model
-        self._names = [next(filter(partial(hasattr, base), names), "") for names in PLACES]
-        require(
-            all(self._names) and hasattr(model.config, "hidden_size"),
-            f"{name} is a {type(model).__name__}, and where that keeps its blocks or its final "
-            "norm is not known here: choose a causal model that is built as Llama, Gemma, Qwen, "
-            "GPT-NeoX or GPT-2 are",
-        )
+        base, self._names = self.model.base_model, check_structure(model, name)
         self.tokenizer, self.name, self.layers = tokenizer, name, tuple(layers)
         self.d_in, self.device, self.dtype = model.config.hidden_size, model.device, model.dtype
         self.identity = identity
@@ -72,12 +66,15 @@ class LanguageModel:
             # Soft-capped attention (Gemma-2) is silently dropped or refused by SDPA.
             capped = getattr(config, "attn_logit_softcapping", None) is not None
             model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, attn_implementation="eager" if capped else None
+                source,
+                dtype=dtype,
+                attn_implementation="eager" if capped else None,
+                trust_remote_code=False,
             )
             # With BOS and padding at the end, as TransformerLens' tokenizers are: SAE-Bench
             # tokenises with this one.
             tokenizer = AutoTokenizer.from_pretrained(
-                source, add_bos_token=True, padding_side="right"
+                source, add_bos_token=True, padding_side="right", trust_remote_code=False
             )
         missing = [t for t in ("bos_token", "eos_token") if getattr(tokenizer, t) is None]
         require(
@@ -114,7 +111,11 @@ class LanguageModel:
         if dtype == self.dtype:
             return self
         if dtype not in self.others:
-            self.others[dtype] = self.load_in(dtype)
+            other = self.others[dtype] = self.load_in(dtype)
+            require(
+                other.identity["files"] == self.identity["files"],
+                f"{self.name} has changed while it was read: run the same command again",
+            )
         return self.others[dtype]
 
     def _hook(self, layer: int, module, args, output):
@@ -181,13 +182,32 @@ def causal_config(source: str | Path, name: str):
     the next token."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    config = AutoConfig.from_pretrained(source)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except ValueError as error:  # of a kind that it does not know, or that brings its own code
+        raise ExperimentError(
+            f"{name} cannot be read without code of its own, and none from elsewhere is executed "
+            f"here ({first_line(error)}): choose a model that transformers knows"
+        ) from error
     require(
         type(config) in MODEL_FOR_CAUSAL_LM_MAPPING,
         f"{name} is a {type(config).__name__.removesuffix('Config')}, not a causal language model: "
         "choose one that transformers' AutoModelForCausalLM reads",
     )
     return config
+
+
+def check_structure(model: torch.nn.Module, name: str) -> tuple[str, str]:
+    """What a model calls its blocks and its final norm.  Raises ExperimentError if that, or its
+    width, is not where it is known to be."""
+    blocks, norm = (next(filter(partial(hasattr, model.base_model), names), "") for names in PLACES)
+    require(
+        bool(blocks and norm) and hasattr(model.config, "hidden_size"),
+        f"{name} is a {type(model).__name__}, and where that keeps its blocks, its final norm or "
+        "its width is not known here: choose a causal model that is built as Llama, Gemma-2, "
+        "Qwen, GPT-NeoX or GPT-2 are",
+    )
+    return blocks, norm
 
 
 def model_source(scale: Scale) -> tuple[str, str | Path]:

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 
 from lab.devices import training_device
-from lab.hub import model_is_kept, stay_offline, text_column, text_files
-from lab.language_model import causal_config, model_source
+from lab.hub import model_is_kept, stay_offline, text_column, text_files, unreachable
+from lab.language_model import causal_config, check_structure, model_source
 from lab.packaged_text import TASKS
-from lab.process import ExperimentError, quiet_transformers, require, say
+from lab.process import ExperimentError, first_line, quiet_transformers, require, say
 from lab.scales import OFFICIAL_TASKS, Scale
 from lab.storage import cache_root
 from lab.training_log import check_wandb
@@ -25,11 +25,14 @@ def preflight(scale: Scale, out_dir: Path) -> None:
     Raises ExperimentError with all that is missing.  The hub is not asked where nothing is fetched.
     """
     check_wandb()
-    unknown = [task for task in scale.tasks if task not in {*TASKS, *OFFICIAL_TASKS}]
+    official = {task for task in scale.tasks if task in OFFICIAL_TASKS}
     missing = [
         f"the task {task!r} is not one of {', '.join((*TASKS, *OFFICIAL_TASKS))}"
-        for task in unknown
+        for task in scale.tasks
+        if task not in {*TASKS, *official}
     ]
+    if official and len(official) < len(scale.tasks):
+        missing += ["tasks are either all SAE-Bench's or all of the packaged text: choose one kind"]
     if any(wanted(scale)):
         missing += not_to_be_had(scale)
         missing = missing or [*not_enough_room(scale, out_dir, needs_of_model(scale))]
@@ -53,6 +56,7 @@ def not_to_be_had(scale: Scale) -> Iterator[str]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,
+        HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -72,9 +76,16 @@ def not_to_be_had(scale: Scale) -> Iterator[str]:
             yield f"the {kind} {name} is not at {address}: check its name, and HF_TOKEN if private"
         except RevisionNotFoundError:
             yield f"the {kind} {name} has no revision {revision}: see {address}/commits/main"
-        except Exception as error:  # no network: the libraries in between have their own errors
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            why = f"the hub cannot be reached at {hub.endpoint} ({reason})"
+        except HFValidationError:
+            yield f"{name!r} is neither a folder here nor the name of a {kind} on the hub: mend it"
+        except Exception as error:
+            why = f"the hub cannot be reached at {hub.endpoint} ({first_line(error)})"
+            if not unreachable(error):
+                yield (
+                    f"the hub at {hub.endpoint} refuses to show the {kind} {name} "
+                    f"({first_line(error)}): check HF_TOKEN"
+                )
+                continue
             stay_offline()
             lacking = [f"{why}, and {what}: check the network" for what in not_kept(scale)]
             yield from lacking
@@ -102,11 +113,13 @@ def not_kept(scale: Scale) -> Iterator[str]:
 def unreadable_text(scale: Scale) -> list[str]:
     """Why a scale's text cannot be read: nothing, or one sentence; says which files it will be."""
     try:
-        files = text_files(scale.text)
+        files, not_kept = text_files(scale.text)
         column = text_column(files[0])
     except ExperimentError as error:
         return [str(error)]
     say(f"text: column {column!r} of {len(files)} files, {files[0]} and those after it")
+    if not_kept:
+        say(f"text: {not_kept} and those after it are not kept on this machine")
     return []
 
 
@@ -128,6 +141,7 @@ def needs_of_model(scale: Scale) -> ModelNeeds:
     with quiet_transformers(), torch.device("meta"):
         config = causal_config(source, name)
         model = AutoModelForCausalLM.from_config(config)
+    check_structure(model, name)
     parameters = sum(p.numel() for p in model.parameters())
     to_fetch = 0
     if not (Path(source).is_dir() or model_is_kept(source)):

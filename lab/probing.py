@@ -141,7 +141,8 @@ class MeanByText:
 def probing_config(scale: Scale, lm: LanguageModel):
     from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 
-    # SAE-Bench makes a path of it: of a model on the hub the id, of another no path of its own.
+    # SAE-Bench makes a path of it: of a model on the hub the id, of another no path of its own
+    # (asked before SAE-Bench's own working folder is entered, where a relative one is not found).
     local = scale.language_model.startswith("pypi:") or Path(scale.language_model).is_dir()
     return SparseProbingEvalConfig(
         model_name=lm.name if local else scale.language_model,
@@ -180,10 +181,10 @@ def probing_artifacts(scale: Scale, lm: LanguageModel) -> Path:
     def build(folder: Path) -> None:
         say("reading the probing tasks' texts with the language model (once)")
         stand_ins = {layer: [stand_in(scale, lm, layer)] for layer in scale.layers}
-        texts = ProbingTexts(scale, lm, folder, stand_ins)
+        texts, config = ProbingTexts(scale, lm, folder, stand_ins), probing_config(scale, lm)
         with sae_bench(scale, lm, texts=texts) as bench:
             bench.probing.run_eval(
-                probing_config(scale, lm),
+                config,
                 [(f"stand-in-{layer}", sae) for layer, (sae,) in stand_ins.items()],
                 str(lm.device),
                 str(bench.folder),
@@ -219,10 +220,10 @@ def evaluate_probing(
             for alpha in alphas:
                 saes[layer, alpha, f"{name}_readout_{alpha:g}"] = read_out(own, alpha)
     by_layer = {layer: [s for (at, *_), s in saes.items() if at == layer] for layer in saved}
-    texts = ProbingTexts(scale, lm, artifacts, by_layer)
+    texts, config = ProbingTexts(scale, lm, artifacts, by_layer), probing_config(scale, lm)
     with sae_bench(scale, lm, folder, texts=texts) as bench:
         found = bench.probing.run_eval(
-            probing_config(scale, lm),
+            config,
             [(name, sae) for (*_, name), sae in saes.items()],
             str(lm.device),
             str(bench.folder),

@@ -27,6 +27,10 @@ def require(condition: bool, message: str) -> None:
         raise ExperimentError(message)
 
 
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def say(message: str) -> None:
     if os.environ.get("RANK", "0") == "0":  # the others of a torchrun say the same
         print(message, flush=True)

@@ -26,14 +26,16 @@ def train_probe_gpu(
     batch_size: int,
     epochs: int,
     lr: float,
+    verbose: bool = False,
+    l1_penalty: float | None = None,
     early_stopping_patience: int = 10,
-    **_,
 ) -> tuple[object, float]:
     """The probe on all latents and its best test accuracy: AdamW on the mean cross-entropy, written
     out.  It is trained 100 epochs of a few small steps for every class of every SAE, which are
     mostly the optimiser's and autograd's own time; accuracy on the training set is left out."""
     from sae_bench.evals.sparse_probing.probe_training import Probe
 
+    assert l1_penalty is None, "SAE-Bench's sparse probing has none"
     probe = Probe(dim, train_inputs.dtype).to(train_inputs.device)
     weight, bias = probe.net.weight.data, probe.net.bias.data
     moments = [(p, torch.zeros_like(p), torch.zeros_like(p)) for p in (weight, bias)]

@@ -71,7 +71,7 @@ def not_comparable(arms: list[Arm]) -> list[str]:
     def settings(arm: Arm) -> dict:
         return {**arm.config.get("scale", {}), **arm.config.get("recipe", {})}
 
-    notes, places = [], ("laboratory", "processor", "device")
+    notes, places = [], ("laboratory", "processor", "device", "probing_texts")
     for arm in arms:
         than = {}  # the first run that says so -> what differs
         for place in filter(arm.config.get, places):

@@ -18,7 +18,7 @@ import torch
 from torch.serialization import default_restore_location
 
 from lab.devices import training_device
-from lab.process import ExperimentError
+from lab.process import ExperimentError, first_line
 from lab.storage import disk_errors_named
 
 
@@ -154,7 +154,7 @@ def _culprit(value: object, name: str, seen: set[int]) -> tuple[str, object, str
         _Trial().dump(value)
         return None
     except Exception as error:  # every kind of object has its own
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
     seen.add(id(value))
     for key, child in _children(value):
         if id(child) not in seen and (found := _culprit(child, f"{name}.{key}", seen)):

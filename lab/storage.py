@@ -141,7 +141,7 @@ def cached(kind: str, key: dict, build: Callable[[Path], None]) -> Path:
 def _entry_is_whole(entry: Path, key: dict) -> bool:
     """Whether an entry is the one that was asked for, every file of it as it was written."""
     try:
-        manifest = json.loads((entry / "manifest.json").read_text())
+        manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
         sums = manifest["sha256"]
         same_key = json_text(manifest["key"]) == json_text(key)
         return same_key and all(file_sha256(entry / name) == sums[name] for name in sums)

@@ -7,7 +7,8 @@ from lab.metrics import mean_or_none, stderr_or_none
 from lab.process import Clock, say
 from lab.runs import as_written
 
-ALIKE = ("scale", "recipe", "laboratory", "processor", "device")  # of runs that can be compared
+# Of runs that can be compared.
+ALIKE = ("scale", "recipe", "laboratory", "processor", "device", "probing_texts")
 COMPARED = (
     "mse_roughness",
     "loss_roughness",

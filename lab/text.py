@@ -27,14 +27,21 @@ def streamed_documents(source: str, start: int = 0, tries: int = 6) -> Iterator[
     """
     from datasets import load_dataset
 
-    dataset, failures = source.split("@")[0], 0
+    dataset, failures, files = source.split("@")[0], 0, None
     while True:
         try:
-            files = text_files(source)
-            rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
+            files = files or text_files(source)  # once: its documents are numbered by its files
+            rows = load_dataset(
+                "parquet", data_files=files.addresses, split="train", streaming=True
+            )
             for row in rows.skip(start):
                 yield row[chosen_column(source, list(row))] or ""
                 start, failures = start + 1, 0
+            require(
+                not files.not_kept,
+                f"the text of {source} goes on in {files.not_kept}, which is not kept on this "
+                "machine: fetch it with `hf download`, or run with a network",
+            )
             return
         except ExperimentError:
             raise

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lab.process import ExperimentError
+from lab.process import ExperimentError, first_line
 from lab.storage import write_atomically
 
 WANDB_ID = "wandb_id"  # a file beside the log: which run of Weights & Biases is this training's
@@ -29,9 +29,8 @@ def told_by_wandb(ask: Callable[[], object]) -> object:
     try:
         return ask()
     except (wandb.Error, ValueError) as error:  # ValueError: WANDB_MODE and the like
-        reason = str(error).strip().splitlines()[0]
         raise ExperimentError(
-            f"Weights & Biases refuses ({reason}): run `wandb login`, {way_round}"
+            f"Weights & Biases refuses ({first_line(error)}): run `wandb login`, {way_round}"
         ) from error
 
 
@@ -41,7 +40,7 @@ def check_wandb() -> None:
     def log_in() -> None:
         import wandb
 
-        wandb.login()
+        wandb.login(verify=True)
 
     if os.environ.get("WANDB_PROJECT"):
         told_by_wandb(log_in)

@@ -32,7 +32,8 @@ MODEL = "google/gemma-2-2b"
 PYTHIA = "EleutherAI/pythia-70m-deduped"
 TEXT = "Skylion007/openwebtext"
 TEXT_REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"
-# What main is of each (docs/hub.md has the sources); of others a made-up hash.
+# What main was of each when it was looked up (the text's is pinned: docs/hub.md has its sources);
+# of others a made-up hash.
 COMMITS = {
     MODEL: "c5ebcd40d208330abc697524c919956e692655cf",
     PYTHIA: "e93a9faa9c77e5d09219f6c868bfc7a1bd65593c",

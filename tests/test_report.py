@@ -133,7 +133,7 @@ def notes_of(folder, labels=plot.labels, **configs) -> str:
     return runs_table(arms_of(folder, runs, labels, {name: {} for name in runs})[LAPTOP]).note
 
 
-@pytest.mark.parametrize("place", ["laboratory", "processor", "device"])
+@pytest.mark.parametrize("place", ["laboratory", "processor", "device", "probing_texts"])
 def test_runs_made_elsewhere_are_called_not_comparable(tmp_path, place):
     note = notes_of(tmp_path, run_1={place: "a"}, run_2={}, run_3={place: "b"}, run_4={place: "a"})
     assert note == f"NOT COMPARABLE: run_3 ran with another {place} than run_1."

@@ -17,6 +17,7 @@ CONFIG = {
     "laboratory": "ab",
     "processor": "amx_bf16",
     "device": "x86_64",
+    "probing_texts": "0123",
 }
 
 
@@ -51,7 +52,9 @@ def test_a_missing_value_has_no_difference(control):
     assert found == ["differences to run_7, paired by seed:"]
 
 
-@pytest.mark.parametrize("what", ["scale", "recipe", "laboratory", "processor", "device"])
+@pytest.mark.parametrize(
+    "what", ["scale", "recipe", "laboratory", "processor", "device", "probing_texts"]
+)
 def test_a_control_of_another_kind_is_not_compared_with(control, what):
     found = differences_to(control, {"tiny layer 1": entry([1, 1, 1])}, CONFIG | {what: "other"})
     assert found == [f"differences to run_7: none, NOT COMPARABLE (another {what})"]

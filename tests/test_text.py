@@ -13,6 +13,7 @@ import torch
 from tiny import N_DOCUMENTS, fresh, in_pairs, tokens_of
 
 import lab.text
+from lab.hub import TextFiles
 from lab.process import ExperimentError
 from lab.text import Lane, ahead, heldout_contexts, pack, streamed_documents, text_blocks, tokenized
 
@@ -161,7 +162,7 @@ def test_a_stream_that_breaks_off_goes_on_at_the_same_document(monkeypatch, caps
                     raise ConnectionError("reset by peer\nand more")
                 yield {"text": f"document {i}"}
 
-    monkeypatch.setattr(lab.text, "text_files", lambda source: [])
+    monkeypatch.setattr(lab.text, "text_files", lambda source: TextFiles([]))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Rows())
     monkeypatch.setattr(time, "sleep", waits.append)
     found = list(streamed_documents("some/text@main", 2))
@@ -184,10 +185,14 @@ def test_a_row_without_text_is_an_empty_document_and_one_without_the_column_an_e
 
     rows = [{"text": "a"}, {"text": None}, {"text": "c"}]
     stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
-    monkeypatch.setattr(lab.text, "text_files", lambda source: [])
+    monkeypatch.setattr(lab.text, "text_files", lambda source: TextFiles([]))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
     assert list(streamed_documents("some/text@main")) == ["a", "", "c"]
     assert list(streamed_documents("some/text@main", 2)) == ["c"]
+    kept = TextFiles([], "train-00001-of-00080")  # the copy ends, and the text does not
+    monkeypatch.setattr(lab.text, "text_files", lambda source: kept)
+    with pytest.raises(ExperimentError, match=r"goes on in train-00001-of-00080, which is not k"):
+        list(streamed_documents("some/text@main"))
     stream = stream.rename_column("text", "content")
     with pytest.raises(
         ExperimentError, match=r"some/text@main has no column 'text', but 'content'"
