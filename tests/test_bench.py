@@ -15,7 +15,8 @@ import torch
 from test_language_model import LAYERS, hooked_llama, load
 from tiny import scores
 
-from lab.bench import as_hooked_transformer, first_letter_words, sae_bench
+import lab.bench
+from lab.bench import as_hooked_transformer, first_letter_words, load_data_only, sae_bench
 from lab.probing import ProbingTexts
 from lab.process import ExperimentError
 
@@ -86,6 +87,54 @@ def test_too_few_words_for_absorption_are_refused_before_any_is_read(trained, wo
     scale = tiny.tiny_scale(trained.scale.language_model, absorption_words=words)
     with pytest.raises(ExperimentError, match=rf"words={words} .* only \d+ letters have 10"):
         first_letter_words(scale, trained.lm)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_copy_of_a_dataset_is_read_where_nobody_answers_if_it_is_whole(
+    tmp_path, monkeypatch, capsys, whole
+):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, *_, **__):
+        asked.append(name)
+        if name == "owner/name":
+            raise ConnectionError("no route\nand more")
+        return "rows"
+
+    for k in range(2 if whole else 1):
+        (tmp_path / f"train-{k:05d}-of-00002-0ab65b32c47407e8.parquet").touch()
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(lab.bench, "copy_of", lambda name, kind: tmp_path)
+    if whole:
+        assert load_data_only("owner/name", split="train") == "rows"
+        assert asked == ["owner/name", str(tmp_path)]
+        assert (
+            f"the copy that the hub's client keeps is read, {tmp_path}" in capsys.readouterr().out
+        )
+        return
+    lacks = r"could not be read \(no route\), and the copy .* lacks train-00001-of-00002"
+    with pytest.raises(ExperimentError, match=lacks):
+        load_data_only("owner/name", split="train")
+    monkeypatch.setattr(lab.bench, "copy_of", lambda name, kind: None)
+    with pytest.raises(ExperimentError, match=r"\(no route\), and no copy is kept here: check"):
+        load_data_only("owner/name", split="train")
+
+
+def test_an_error_of_a_dataset_that_is_not_the_networks_is_raised_as_it_is(tmp_path, monkeypatch):
+    """A full disk, or a column that has changed: another copy would hide it."""
+    import datasets
+
+    for error in (OSError(28, "No space left on device"), ValueError("another column")):
+
+        def load_dataset(*_, error: Exception = error, **__):
+            raise error
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        monkeypatch.setattr(lab.bench, "copy_of", lambda name, kind: tmp_path)
+        with pytest.raises(type(error)):
+            load_data_only("owner/name", split="train")
 
 
 def test_a_model_that_reads_in_another_dtype_than_is_noted_down_is_not_scored(trained):
