@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from lab.activations import harvest
+from lab.activations import finite_norms, harvest
 from lab.bench import evaluation_key, sae_bench
 from lab.language_model import LanguageModel
 from lab.packaged_text import TASK_CHARACTERS, TASKS
@@ -67,7 +67,9 @@ class ProbingTexts:
         for chosen in lengths.argsort(stable=True).split(self.scale.lm_batch):
             tokens = tokens_NL[chosen, : int(lengths[chosen].max())]
             owners = chosen[(~self.lm.is_special(tokens)).nonzero()[:, 0]]
-            yield owners.to(self.lm.device), harvest(self.lm, tokens, len(tokens))
+            rows = harvest(self.lm, tokens, len(tokens))
+            finite_norms(rows)  # now, and not after a training
+            yield owners.to(self.lm.device), rows
 
     def _kept_rows(self, handle: str) -> tuple[int, Iterator[tuple[torch.Tensor, torch.Tensor]]]:
         """(number of texts, their rows as _rows() gives them)."""

@@ -507,7 +507,7 @@ for factor in ("nan", "inf", "0"):
 
 
 def test_residuals_that_are_no_numbers_or_all_the_same_are_refused(scale, alone, cache, tmp_path):
-    """The probes come from the cache: training itself has to notice."""
+    """Where the first texts are read, or, of what is the same everywhere, in training."""
     alone("run_1")
     fresh = replace(scale, keep_activations=False)
     arguments = {"scale": fresh, "cache": cache, "cwd": tmp_path, "patch": SPOILED}

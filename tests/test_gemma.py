@@ -253,7 +253,7 @@ def test_the_text_can_be_taken_up_at_any_document(hub, documents):
 
 def test_a_network_that_fails_or_is_slow_in_the_stream_costs_no_document(hub, documents):
     hub.delay = 0.2
-    hub.fail_next(2, containing=f"/api/datasets/{TEXT}")
+    hub.fail_next(8, containing=f"/api/datasets/{TEXT}")  # its client asks six times itself
     hub.cut_after(2000, times=3, containing="parquet")
     process = read_text(hub)
     hub.heal()
