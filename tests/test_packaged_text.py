@@ -194,7 +194,7 @@ def test_the_documents_are_made_once_for_all_runs_of_the_same_tasks(tmp_path, mo
     for again in (scale, replace(scale, target_l0=30.0)):
         assert packaged_documents(again) == ["zwei", "eins", "dr\u00f6i"]
     assert made == [("news",)]
-    for other in ({"tasks": ("code",)}, {"probe_test_set_size": 2}, {"probe_train_set_size": 2}):
+    for other in ({"tasks": ("code",)}, {"probe_test_set_size": 8}, {"probe_train_set_size": 8}):
         packaged_documents(replace(scale, **other))
     assert len(made) == 4, "probing texts are left out of them"
     monkeypatch.setattr(lab.packaged_text, "TASK_CHARACTERS", 77)
