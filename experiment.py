@@ -7,7 +7,7 @@ scores them with SAE-Bench.  A run is a row of the table RUNS; the machine picks
     python plot.py                          # compare all runs found in the current folder
 
 What to expect on two CPU cores (scale "laptop": SmolLM2-135M layer 8, 2,304 latents, 3 seeds): the
-first run takes about 9 minutes with all one-time preparation (less where the cores have bfloat16
+first run takes about 10 minutes with all one-time preparation (less where the cores have bfloat16
 matrix units), later ones under 4.  The control, run_7, ends near L0 = 36 with FVU < 0.25, and its
 best latents probe better than the model's best channels.
 
