@@ -93,32 +93,28 @@ def load_data_only(name: str, *args, trust_remote_code: bool = False, languages=
     """
     from datasets import load_dataset
 
-    def load(here: str):
+    def load(dataset: str, root: str):
         if languages is None:
-            return load_dataset(here or name, *args, **how)
-        files = f"{here or f'hf://datasets/{name}'}/data/train-*.parquet"
-        return load_dataset("parquet", data_files=files, **how)
+            return load_dataset(dataset, *args, **how)
+        return load_dataset("parquet", data_files=f"{root}/data/train-*.parquet", **how)
 
     try:
-        rows = load("")
+        rows = load(name, f"hf://datasets/{name}")
     except Exception as error:
         if not unreachable(error):
             raise
-        folder = copy_of(name, "dataset")
-        # Of github-code the first files will do; of the others all that there are.
-        missing = missing_files(files_in(folder)) if folder and languages is None else []
+        folder, lacking = copy_of(name, "dataset"), "no copy is kept here"
+        if folder:
+            # Of github-code the first files will do; of the others all that there are.
+            missing = missing_files(files_in(folder)) if languages is None else []
+            lacking = f"the copy on this machine lacks {missing[0]}" if missing else ""
         require(
-            folder is not None and not missing,
-            f"the dataset {name} could not be read ({first_line(error)}), and "
-            + (
-                f"the copy on this machine lacks {missing[0]}"
-                if missing
-                else "no copy is kept here"
-            )
-            + ": check the network, then run the same command again",
+            not lacking,
+            f"the dataset {name} could not be read ({first_line(error)}), and {lacking}: check the "
+            "network, then run the same command again",
         )
         say(f"{name}: the copy that the hub's client keeps is read, {folder}")
-        rows = load(str(folder))
+        rows = load(str(folder), str(folder))
     if languages is None:
         return rows
     return (

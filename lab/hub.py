@@ -5,7 +5,7 @@ The facts about repositories that this program counts on stand in docs/hub.md, w
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -32,9 +32,8 @@ def unreachable(error: BaseException | None) -> bool:
         if isinstance(status, int):
             return status == 429 or status >= 500
         known = (ConnectionError, TimeoutError, requests.ConnectionError, requests.Timeout)
-        ours = (*known, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)
         transport = "TransportError" in {base.__name__ for base in type(error).__mro__}  # httpx's
-        if isinstance(error, ours) or transport:
+        if transport or isinstance(error, (*known, errors.LocalEntryNotFoundError)):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -159,7 +158,7 @@ def text_column(address: str) -> str:
     return chosen_column(address, columns)
 
 
-def chosen_column(address: str, columns: list[str]) -> str:
+def chosen_column(address: str, columns: Collection[str]) -> str:
     if "text" not in columns:
         raise ExperimentError(
             f"{address} has no column 'text', but {', '.join(map(repr, columns))}: name a dataset "

@@ -27,16 +27,25 @@ class LanguageModel:
     The residual stream after block L is TransformerLens' blocks.L.hook_resid_post.
     """
 
-    def __init__(self, model, tokenizer, name: str, layers: tuple[int, ...], identity: dict):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        name: str,
+        layers: tuple[int, ...],
+        identity: dict,
+        load_in: Callable[[torch.dtype], "LanguageModel"] | None = None,
+    ):
         """`model`, `tokenizer`: as transformers loads them; `identity`: what cached activations
-        depend on.  Raises ExperimentError if the model has no such layer."""
+        depend on; `load_in`: the same model again, in another dtype.  Raises ExperimentError if
+        the model has no such layer."""
         self.model = model.eval().requires_grad_(False)
         base, self._names = self.model.base_model, check_structure(model, name)
         self.tokenizer, self.name, self.layers = tokenizer, name, tuple(layers)
         self.d_in, self.device, self.dtype = model.config.hidden_size, model.device, model.dtype
         self.identity = identity
         self.most_contexts = sys.maxsize  # of one forward: halved when memory runs out
-        self.load_in: Callable[[torch.dtype], LanguageModel] | None = None  # the same model again
+        self.load_in = load_in
         self.others: dict[torch.dtype, LanguageModel] = {}  # as load_in() gave them
 
         self._blocks, self._norm = (getattr(base, found) for found in self._names)
@@ -102,9 +111,8 @@ class LanguageModel:
             "device": device_kind(),
         }
         identity = disjoint(identity, versions("torch", "transformers", "tokenizers"))
-        lm = cls(model.to(training_device()), tokenizer, name, layers, identity)
-        lm.load_in = partial(cls.load, source, name, layers)
-        return lm
+        again = partial(cls.load, source, name, layers)
+        return cls(model.to(training_device()), tokenizer, name, layers, identity, again)
 
     def reading_in(self, dtype: torch.dtype) -> "LanguageModel":
         """The same model as it computes in `dtype`: this one, or one loaded beside it, once."""

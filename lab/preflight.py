@@ -113,13 +113,13 @@ def not_kept(scale: Scale) -> Iterator[str]:
 def unreadable_text(scale: Scale) -> list[str]:
     """Why a scale's text cannot be read: nothing, or one sentence; says which files it will be."""
     try:
-        files, not_kept = text_files(scale.text)
+        files, next_one = text_files(scale.text)
         column = text_column(files[0])
     except ExperimentError as error:
         return [str(error)]
     say(f"text: column {column!r} of {len(files)} files, {files[0]} and those after it")
-    if not_kept:
-        say(f"text: {not_kept} and those after it are not kept on this machine")
+    if next_one:
+        say(f"text: {next_one} and those after it are not kept on this machine")
     return []
 
 
@@ -178,15 +178,15 @@ def not_enough_room(scale: Scale, out_dir: Path, model: ModelNeeds) -> Iterator[
             path = path.absolute().parent
         by_device.setdefault(path.stat().st_dev, []).append((path, gigabytes))
     for found in by_device.values():
-        wanted, free = sum(g for _, g in found), shutil.disk_usage(found[0][0]).free / GB
-        if free < wanted:
-            yield f"free disk space at {found[0][0]}: {free:.1f} GB of the {wanted:.1f} GB needed"
+        needed, free = sum(g for _, g in found), shutil.disk_usage(found[0][0]).free / GB
+        if free < needed:
+            yield f"free disk space at {found[0][0]}: {free:.1f} GB of the {needed:.1f} GB needed"
     if torch.cuda.is_available():
         block = scale.block_contexts * scale.context_length * layers * model.d_in * 2
         # Once in bfloat16, and again in the dtype of the scores where that is another.
         weights = model.parameters * (2 if scale.evaluation_dtype == "bfloat16" else 2 + 4)
         logits = 8 * scale.context_length * model.vocabulary * (2 + 4 + 4)
-        wanted = (weights + logits + 5 * sae_bytes + 2 * block) / GB
+        needed = (weights + logits + 5 * sae_bytes + 2 * block) / GB
         free = torch.cuda.mem_get_info(training_device())[0] / GB
-        if free < wanted:
-            yield f"free GPU memory: {free:.1f} GB of about {wanted:.1f} GB needed are free"
+        if free < needed:
+            yield f"free GPU memory: {free:.1f} GB of about {needed:.1f} GB needed are free"

@@ -191,8 +191,8 @@ def _raised_in(error: BaseException, experiment: Path) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return str(text).splitlines()[0]
+    known = getattr(error, "strerror", None)
+    return str(known).splitlines()[0] if known else first_line(error)
 
 
 def _of_memory(error: BaseException) -> str | None:

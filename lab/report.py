@@ -16,7 +16,16 @@ from typing import NamedTuple
 import numpy as np
 
 from lab.drawing import Figure
-from lab.runs import Arm, Value, find, mean_and_error, paired, task_differences, with_readouts
+from lab.runs import (
+    MADE_WITH,
+    Arm,
+    Value,
+    find,
+    mean_and_error,
+    paired,
+    task_differences,
+    with_readouts,
+)
 
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Tables                                                                                         │
@@ -71,10 +80,10 @@ def not_comparable(arms: list[Arm]) -> list[str]:
     def settings(arm: Arm) -> dict:
         return {**arm.config.get("scale", {}), **arm.config.get("recipe", {})}
 
-    notes, places = [], ("laboratory", "processor", "device", "probing_texts")
+    notes = []
     for arm in arms:
         than = {}  # the first run that says so -> what differs
-        for place in filter(arm.config.get, places):
+        for place in filter(arm.config.get, MADE_WITH):
             first = next(other for other in arms if other.config.get(place))
             if arm.config[place] != first.config[place]:
                 than.setdefault(first.name, []).append(place)

@@ -21,6 +21,8 @@ RENAMED = {
     "online_absorption": "online_absorption_fraction",
     "online_full_absorption": "online_absorption_full",
 }
+# Of runs that are compared, these are the same: they decide numbers, and no experiment edits them.
+MADE_WITH = ("laboratory", "processor", "device", "probing_texts")
 # These compare seeds with each other: they are one number, with no error over the seeds.
 BETWEEN_SEEDS = ("_over_seeds", "_rank_correlation", "_pw_mcc", "_pw_mcc_null")
 

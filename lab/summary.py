@@ -5,10 +5,9 @@ from pathlib import Path
 
 from lab.metrics import mean_or_none, stderr_or_none
 from lab.process import Clock, say
-from lab.runs import as_written
+from lab.runs import MADE_WITH, as_written
 
-# Of runs that can be compared.
-ALIKE = ("scale", "recipe", "laboratory", "processor", "device", "probing_texts")
+ALIKE = ("scale", "recipe", *MADE_WITH)  # of runs that can be compared
 COMPARED = (
     "mse_roughness",
     "loss_roughness",

@@ -35,7 +35,7 @@ def streamed_documents(source: str, start: int = 0, tries: int = 6) -> Iterator[
                 "parquet", data_files=files.addresses, split="train", streaming=True
             )
             for row in rows.skip(start):
-                yield row[chosen_column(source, list(row))] or ""
+                yield row[chosen_column(source, row)] or ""
                 start, failures = start + 1, 0
             require(
                 not files.not_kept,

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -15,10 +16,9 @@ from lab.storage import write_atomically
 WANDB_ID = "wandb_id"  # a file beside the log: which run of Weights & Biases is this training's
 
 
-def told_by_wandb(ask: Callable[[], object]) -> object:
-    """ask(), a question to Weights & Biases.  Raises ExperimentError where that is not installed,
-    does not know who asks, or does not answer."""
-    way_round = "set WANDB_MODE=offline, or unset WANDB_PROJECT"
+def told_by_wandb(ask: Callable[[ModuleType], object]) -> object:
+    """ask(wandb), a question to Weights & Biases.  Raises ExperimentError where that is not
+    installed, does not know who asks, or does not answer."""
     try:
         import wandb
     except ImportError as error:
@@ -27,23 +27,18 @@ def told_by_wandb(ask: Callable[[], object]) -> object:
             "WANDB_PROJECT"
         ) from error
     try:
-        return ask()
+        return ask(wandb)
     except (wandb.Error, ValueError) as error:  # ValueError: WANDB_MODE and the like
         raise ExperimentError(
-            f"Weights & Biases refuses ({first_line(error)}): run `wandb login`, {way_round}"
+            f"Weights & Biases refuses ({first_line(error)}): run `wandb login`, set "
+            "WANDB_MODE=offline, or unset WANDB_PROJECT"
         ) from error
 
 
 def check_wandb() -> None:
     """Before any work: the log can be sent where WANDB_PROJECT says.  Raises ExperimentError."""
-
-    def log_in() -> None:
-        import wandb
-
-        wandb.login(verify=True)
-
     if os.environ.get("WANDB_PROJECT"):
-        told_by_wandb(log_in)
+        told_by_wandb(lambda wandb: wandb.login(verify=True))
 
 
 class TrainingLog:
@@ -54,12 +49,10 @@ class TrainingLog:
         self.records: list[dict] = []
         self.size, self.digest = 0, hashlib.sha256()
         if writes and os.environ.get("WANDB_PROJECT"):
-            self.wandb = told_by_wandb(lambda: self._wandb_run(name, config))
+            self.wandb = told_by_wandb(lambda wandb: self._wandb_run(wandb, name, config))
 
-    def _wandb_run(self, name: str, config: dict) -> object:
+    def _wandb_run(self, wandb: ModuleType, name: str, config: dict) -> object:
         """Of a training that is taken up the run that it had; its steps are not sent twice."""
-        import wandb
-
         held = self.path.with_name(WANDB_ID)
         known = held.read_text(encoding="utf-8").strip() if held.exists() else None
         run = wandb.init(name=name, config=config, id=known, resume="allow")
