@@ -35,6 +35,15 @@ def tiny_model(tmp_path_factory) -> Path:
     return tiny.make_model(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A hub on this machine with everything that its scales read: one for each file of tests."""
+    from hub import LocalHub, make_hub
+
+    with LocalHub(make_hub(tmp_path_factory.mktemp("hub"))) as hub:
+        yield hub
+
+
 @pytest.fixture(scope="session")
 def trained(tiny_model, tmp_path_factory) -> SimpleNamespace:
     """The tiny scale, trained once through experiment's own functions and saved."""

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
-from hub import MODEL, TEXT, TEXT_REVISION, LocalHub, make_hub
+from hub import MODEL, TEXT, TEXT_REVISION, LocalHub
 
 from lab.scales import SCALES, Scale
 
@@ -36,12 +36,6 @@ def small(**changes) -> Scale:
         "checkpoint_seconds": 0,
     }
     return replace(SCALES["gemma-2-2b"], **sizes | changes)
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    with LocalHub(make_hub(tmp_path_factory.mktemp("hub"))) as hub:
-        yield hub
 
 
 @pytest.fixture(scope="module")

@@ -351,35 +351,42 @@ def test_one_context_that_does_not_fit_is_an_error_and_nothing_stays_behind(tiny
 # ── TransformerLens ─────────────────────────────────────────────────────────────────────────────
 
 
-def hooked_llama(folder: Path):
-    """TransformerLens' model of the same Llama weights, put together by hand, unprocessed."""
+def hooked_as(model, **how):
+    """An empty HookedTransformer of a model's sizes; `how`: what its family does in its own way."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
+    c = model.config
+    sizes = {
+        "n_layers": c.num_hidden_layers,
+        "d_model": c.hidden_size,
+        "d_head": c.hidden_size // c.num_attention_heads,
+        "n_heads": c.num_attention_heads,
+        "d_vocab": c.vocab_size,
+        "n_ctx": c.max_position_embeddings,
+        "dtype": torch.float32,
+        "device": "cpu",
+    }
+    return HookedTransformer(HookedTransformerConfig(**sizes | how))
+
+
+def hooked_llama(folder: Path):
+    """TransformerLens' model of the same Llama weights, put together by hand, unprocessed."""
     model = whole(folder)
     c, weights = model.config, model.state_dict()
     d_head = c.hidden_size // c.num_attention_heads
-    hooked = HookedTransformer(
-        HookedTransformerConfig(
-            n_layers=c.num_hidden_layers,
-            d_model=c.hidden_size,
-            d_head=d_head,
-            n_heads=c.num_attention_heads,
-            n_key_value_heads=c.num_key_value_heads,
-            d_mlp=c.intermediate_size,
-            d_vocab=c.vocab_size,
-            n_ctx=c.max_position_embeddings,
-            act_fn="silu",
-            gated_mlp=True,
-            final_rms=True,
-            normalization_type="RMS",
-            eps=c.rms_norm_eps,
-            positional_embedding_type="rotary",
-            rotary_dim=d_head,
-            rotary_base=c.rope_parameters["rope_theta"],
-            rotary_adjacent_pairs=False,
-            dtype=torch.float32,
-            device="cpu",
-        )
+    hooked = hooked_as(
+        model,
+        n_key_value_heads=c.num_key_value_heads,
+        d_mlp=c.intermediate_size,
+        act_fn="silu",
+        gated_mlp=True,
+        final_rms=True,
+        normalization_type="RMS",
+        eps=c.rms_norm_eps,
+        positional_embedding_type="rotary",
+        rotary_dim=d_head,
+        rotary_base=c.rope_parameters["rope_theta"],
+        rotary_adjacent_pairs=False,
     )
 
     def heads(weight: torch.Tensor) -> torch.Tensor:  # [n d_head, d_model] -> [n, d_model, d_head]
@@ -419,32 +426,23 @@ def hooked_llama(folder: Path):
 
 def hooked_neox(folder: Path):
     """TransformerLens' model of the same GPT-NeoX weights, unprocessed."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformer_lens.pretrained.weight_conversions.neox import convert_neox_weights
 
     model = whole(folder)
     c = model.config
-    d_head = c.hidden_size // c.num_attention_heads
-    hooked = HookedTransformer(
-        HookedTransformerConfig(
-            n_layers=c.num_hidden_layers,
-            d_model=c.hidden_size,
-            d_head=d_head,
-            n_heads=c.num_attention_heads,
-            d_mlp=c.intermediate_size,
-            d_vocab=c.vocab_size,
-            n_ctx=c.max_position_embeddings,
-            act_fn="gelu",
-            normalization_type="LN",
-            eps=c.layer_norm_eps,
-            positional_embedding_type="rotary",
-            rotary_dim=int(c.rope_parameters["partial_rotary_factor"] * d_head),
-            rotary_base=c.rope_parameters["rope_theta"],
-            rotary_adjacent_pairs=False,
-            parallel_attn_mlp=c.use_parallel_residual,
-            dtype=torch.float32,
-            device="cpu",
-        )
+    hooked = hooked_as(
+        model,
+        d_mlp=c.intermediate_size,
+        act_fn="gelu",
+        normalization_type="LN",
+        eps=c.layer_norm_eps,
+        positional_embedding_type="rotary",
+        rotary_dim=int(
+            c.rope_parameters["partial_rotary_factor"] * (c.hidden_size // c.num_attention_heads)
+        ),
+        rotary_base=c.rope_parameters["rope_theta"],
+        rotary_adjacent_pairs=False,
+        parallel_attn_mlp=c.use_parallel_residual,
     )
     load_all(hooked, convert_neox_weights(model, hooked.cfg))
     return hooked
@@ -452,41 +450,32 @@ def hooked_neox(folder: Path):
 
 def hooked_gemma(folder: Path):
     """TransformerLens' model of the same Gemma-2 weights, unprocessed."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
 
     model = whole(folder)
     c = model.config
-    hooked = HookedTransformer(
-        HookedTransformerConfig(
-            n_layers=c.num_hidden_layers,
-            d_model=c.hidden_size,
-            d_head=c.head_dim,
-            n_heads=c.num_attention_heads,
-            n_key_value_heads=c.num_key_value_heads,
-            d_mlp=c.intermediate_size,
-            d_vocab=c.vocab_size,
-            n_ctx=c.max_position_embeddings,
-            act_fn="gelu_pytorch_tanh",
-            gated_mlp=True,
-            final_rms=True,
-            normalization_type="RMS",
-            eps=c.rms_norm_eps,
-            positional_embedding_type="rotary",
-            rotary_dim=c.head_dim,
-            rotary_base=c.rope_parameters["rope_theta"],
-            rotary_adjacent_pairs=False,
-            use_attn_scale=True,
-            attn_scale=c.query_pre_attn_scalar**0.5,
-            use_local_attn=True,
-            window_size=c.sliding_window,
-            attn_types=["local", "global"] * (c.num_hidden_layers // 2),
-            attn_scores_soft_cap=c.attn_logit_softcapping,
-            output_logits_soft_cap=c.final_logit_softcapping,
-            use_normalization_before_and_after=True,
-            dtype=torch.float32,
-            device="cpu",
-        )
+    hooked = hooked_as(
+        model,
+        d_head=c.head_dim,
+        n_key_value_heads=c.num_key_value_heads,
+        d_mlp=c.intermediate_size,
+        act_fn="gelu_pytorch_tanh",
+        gated_mlp=True,
+        final_rms=True,
+        normalization_type="RMS",
+        eps=c.rms_norm_eps,
+        positional_embedding_type="rotary",
+        rotary_dim=c.head_dim,
+        rotary_base=c.rope_parameters["rope_theta"],
+        rotary_adjacent_pairs=False,
+        use_attn_scale=True,
+        attn_scale=c.query_pre_attn_scalar**0.5,
+        use_local_attn=True,
+        window_size=c.sliding_window,
+        attn_types=["local", "global"] * (c.num_hidden_layers // 2),
+        attn_scores_soft_cap=c.attn_logit_softcapping,
+        output_logits_soft_cap=c.final_logit_softcapping,
+        use_normalization_before_and_after=True,
     )
     load_all(hooked, convert_gemma_weights(model, hooked.cfg))
     return hooked
@@ -494,26 +483,16 @@ def hooked_gemma(folder: Path):
 
 def hooked_gpt2(folder: Path):
     """TransformerLens' model of the same GPT-2 weights, unprocessed."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformer_lens.pretrained.weight_conversions.gpt2 import convert_gpt2_weights
 
     model = whole(folder)
     c = model.config
-    hooked = HookedTransformer(
-        HookedTransformerConfig(
-            n_layers=c.num_hidden_layers,
-            d_model=c.hidden_size,
-            d_head=c.hidden_size // c.num_attention_heads,
-            n_heads=c.num_attention_heads,
-            d_mlp=4 * c.hidden_size,
-            d_vocab=c.vocab_size,
-            n_ctx=c.max_position_embeddings,
-            act_fn="gelu_new",
-            normalization_type="LN",
-            eps=c.layer_norm_epsilon,
-            dtype=torch.float32,
-            device="cpu",
-        )
+    hooked = hooked_as(
+        model,
+        d_mlp=4 * c.hidden_size,
+        act_fn="gelu_new",
+        normalization_type="LN",
+        eps=c.layer_norm_epsilon,
     )
     no_bias = {"unembed.b_U": torch.zeros(c.vocab_size)}
     load_all(hooked, convert_gpt2_weights(model, hooked.cfg) | no_bias)

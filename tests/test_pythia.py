@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
-from hub import COMMITS, PYTHIA, TEXT, TEXT_REVISION, LocalHub, make_hub
+from hub import COMMITS, PYTHIA, TEXT, TEXT_REVISION, LocalHub
 from test_gemma import finish, log_of, start
 
 from lab.scales import SCALES, Scale
@@ -21,12 +21,6 @@ def small(**changes) -> Scale:
     """The pythia-70m scale with its sizes cut down; names, tasks and text stay."""
     sizes = tiny.SMALL | {"training_tokens": 24 * 256, "n_seeds": 1, "absorption_words": 800}
     return replace(SCALES["pythia-70m"], **sizes | changes)
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    with LocalHub(make_hub(tmp_path_factory.mktemp("hub"))) as hub:
-        yield hub
 
 
 @pytest.fixture(scope="module")
