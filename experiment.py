@@ -44,7 +44,7 @@ import torch
 from lab import saved_sae
 from lab.activations import ActivationStream, Calibration
 from lab.checkpoints import Checkpoints, Keeper
-from lab.devices import Ranks, training_device
+from lab.devices import Ranks, on_device, training_device
 from lab.evaluation import check_all, evaluate, prepare
 from lab.folders import begin, chosen_run, finish, is_finished
 from lab.hub import is_offline, stay_offline
@@ -370,7 +370,7 @@ class BlendedSAE(torch.nn.Module):
         if all(alpha == 1.0 for alpha in alphas):
             alpha = 1.0
         else:
-            alpha = torch.tensor(alphas, device=x.device)[:, None, None]
+            alpha = on_device(alphas, x.device)[:, None, None]
         k, exponent = (self.log_k.exp(), self.exponent) if self.learned else (1.0, 0.0)
         weights = self.b_dec, self.W_enc, self.gate, self.b_enc
         return pre_activations(x, *weights, alpha, k, exponent, dtype).relu()
@@ -382,7 +382,7 @@ class BlendedSAE(torch.nn.Module):
     def linear_encoder(self, alphas: list[float]) -> torch.Tensor:
         """W_enc [S, D, F] of the linear encoder that this one is where r = 1 (at alpha = 1, all
         over): what a saved SAE shows as its W_enc."""
-        alpha = torch.tensor(alphas, device=self.W_enc.device)[:, None, None]
+        alpha = on_device(alphas, self.W_enc.device)[:, None, None]
         linear, cosine = gains(self.W_enc, self.gate, alpha)
         return self.W_enc * (linear + self.log_k.exp() * cosine)
 
@@ -606,7 +606,7 @@ class Trainer:
         horizon = ema_horizon(self.scale, self.recipe)
         decays = [ema_decay_at(a, horizon) for a in alphas]
         if self.average:
-            self.average.update_(torch.tensor(decays, device=self.device))
+            self.average.update_(on_device(decays, self.device))
 
         measure = step % self.scale.online_every == 0 or step == self.scale.total_steps - 1
         record = {
@@ -631,14 +631,14 @@ class Trainer:
                 "norm_exponent": sae.exponent.detach().flatten().clone(),
                 "log_cosine_scale": sae.log_k.detach().flatten().clone(),
             }
-        self.control_sparsity(l0_S, torch.tensor(targets, device=self.device))
+        self.control_sparsity(l0_S, on_device(targets, self.device))
         self.steps_done += 1
         return record
 
     def gradient_norm(self) -> torch.Tensor:
         """Norm of all gradients together, per seed [S]."""
-        grads = [p.grad for p in self.sae.parameters() if p.grad is not None]
-        return sum(g.flatten(1).square().sum(1) for g in grads).sqrt()
+        grads = [p.grad.flatten(1) for p in self.sae.parameters() if p.grad is not None]
+        return torch.stack([g.norm(dim=1) for g in grads]).norm(dim=0)
 
     def dead_fraction(self, fired_SF: torch.Tensor, window: int = 50) -> torch.Tensor:
         """Share of latents that fired on no token of the last `window` batches, per seed [S]."""

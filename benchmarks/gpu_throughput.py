@@ -35,7 +35,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -49,6 +49,7 @@ import experiment
 from lab.activations import (
     Position,
     calibrate,
+    first_of,
     harvest,
     residual_blocks,
     shuffled_batches,
@@ -245,7 +246,7 @@ def new_trainer(
     scale: Scale, rows: torch.Tensor, recipe: experiment.Recipe = RECIPE
 ) -> experiment.Trainer:
     """As experiment.begun() makes it, measuring absorption now and then on made-up words."""
-    units = calibrate(rows)
+    units = calibrate(rows, Ranks())
     trainer = experiment.Trainer(scale, recipe, RUN, scale.layers[0], units, Ranks())
     words = {name: t.to(rows.device) for name, t in made_up_words(scale, rows.shape[1]).items()}
     trainer.online = OnlineAbsorption(words, scale.online_words)
@@ -258,8 +259,7 @@ def train(trainer: experiment.Trainer, batches: Iterator[torch.Tensor]) -> None:
     for batch in batches:
         waiting.append(trainer.step(batch))
         if len(waiting) == 10:
-            for record in waiting:
-                settled(record, 0)
+            settled(waiting)
             waiting = []
 
 
@@ -294,8 +294,8 @@ def whole_rate(scale: Scale, lm: LanguageModel, study: Study) -> dict:
     blocks = residual_blocks(scale, lm, text())
     first = next(blocks)
     trainers.append(new_trainer(scale, first.rows[:, 0]))
-    blocks, first = chain([first], blocks), None
-    kept = (without_outliers(block, [trainers[0].units]) for block in blocks)
+    held, first = [first], None
+    kept = map(partial(without_outliers, calibrations=[trainers[0].units]), first_of(held, blocks))
     ranks, start = Ranks(), Position(0, 0, {})
     batches = shuffled_batches(scale, kept, ranks, start)
     train(trainers[0], (batch[:, 0] for _, batch in batches))

@@ -39,7 +39,7 @@ def made_up_words(scale: Scale, d_in: int) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     scale, d_in = SCALES["laptop"], 576
-    units = calibrate(noise(20_000, d_in, seed=0))
+    units = calibrate(noise(20_000, d_in, seed=0), Ranks())
     with mock.patch.object(experiment, "training_device", lambda: torch.device("cpu")):
         recipe, run = experiment.RECIPES[scale.name], experiment.RUNS["run_1"]
         trainer = experiment.Trainer(scale, recipe, run, scale.layers[0], units, Ranks())

@@ -75,7 +75,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     contexts = torch.randint(100, 49_000, (scale.lm_batch, scale.context_length),
                              generator=generator)  # fmt: skip
-    units = calibrate(torch.randn(20_000, d_in, generator=generator))
+    units = calibrate(torch.randn(20_000, d_in, generator=generator), Ranks())
     batch = torch.randn(scale.batch_tokens, d_in, generator=generator)
     config, tokens = lm.model.config, contexts.numel()
     heads = config.num_attention_heads * (d_in // config.num_attention_heads)

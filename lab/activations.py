@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,8 @@ class Calibration(NamedTuple):
 def finite_norms(x: torch.Tensor) -> torch.Tensor:
     """Norms over the last dimension, in float32.  Raises ExperimentError if one is not finite: it
     would pass for an outlier."""
-    norms = x.float().norm(dim=-1)
+    # Some rows at a time: in float32 a whole block would be two more of them in memory.
+    norms = torch.cat([some.float().norm(dim=-1) for some in x.split(4096)])
     require(
         bool(norms.isfinite().all()),
         "the language model's residuals are not finite (NaN or infinity): check its weights",
@@ -39,45 +40,57 @@ def finite_norms(x: torch.Tensor) -> torch.Tensor:
     return norms
 
 
-def calibrate(residuals_ND: torch.Tensor, times_median: float = 3.0) -> Calibration:
+def calibrate(residuals_ND: torch.Tensor, ranks: Ranks, times_median: float = 3.0) -> Calibration:
     """Left in, the 2% of tokens with many times the usual norm would own the squared error.
 
-    An outlier has more than `times_median` times the median norm of the residuals.  Raises
-    ExperimentError where residuals have no scale: not finite, or all the same.
+    An outlier has more than `times_median` times the median norm of the residuals, of which every
+    process has its part.  Raises ExperimentError where they have no scale: not finite, or all the
+    same.
     """
-    x = residuals_ND.float()
-    norms = finite_norms(x)
-    limit = times_median * norms.median().item()
-    kept = x[norms <= limit]
-    mean = kept.mean(0)
-    distances = (kept - mean).norm(dim=-1)
-    spread = distances.square().mean().sqrt().item()
+    norms_N = finite_norms(residuals_ND)
+    limit = times_median * ranks.joined(norms_N).median().item()
+    kept_ND = residuals_ND[norms_N <= limit].float()
+    n_kept, n_all = (sum(ranks.gathered(len(rows))) for rows in (kept_ND, norms_N))
+    mean = ranks.total_(kept_ND.sum(0)) / n_kept
+    distances = kept_ND.sub_(mean).norm(dim=-1)
+    spread = (ranks.total_(distances.square().sum()) / n_kept).sqrt().item()
     require(
         spread > 1e-6 * limit,
         "the language model's residuals are the same at every token: check its weights and the "
         "text",
     )
     scale = 1.0 / spread
-    outliers = 1 - len(kept) / len(x)
-    return Calibration(scale, mean * scale, distances.mean().item() * scale, limit, outliers)
+    mean_norm = (ranks.total_(distances.sum()) / n_kept).item() * scale
+    return Calibration(scale, mean * scale, mean_norm, limit, 1 - n_kept / n_all)
 
 
 def harvest(lm: LanguageModel, contexts_NL: torch.Tensor, batch: int) -> torch.Tensor:
     """Residuals [N, layers, D] of every token of some contexts but BOS and EOS, in text order."""
-    parts = []
-    for tokens_BL in contexts_NL.split(batch):
+    ordinary_NL = ~lm.is_special(contexts_NL)
+    rows, filled = None, 0
+    for tokens_BL, ordinary_BL in zip(
+        contexts_NL.split(batch), ordinary_NL.split(batch), strict=True
+    ):
         found = lm.residuals(tokens_BL)
         acts = torch.stack([found[layer] for layer in lm.layers], dim=2)
-        parts.append(acts[~lm.is_special(tokens_BL).to(acts.device)])
-    return torch.cat(parts)
+        some = acts[ordinary_BL.to(acts.device)]
+        if rows is None:  # written in place: parts and what they are joined to would be two blocks
+            rows = some.new_empty(int(ordinary_NL.sum()), *some.shape[1:])
+        rows[filled : filled + len(some)] = some
+        filled += len(some)
+    return rows
 
 
 class Block(NamedTuple):
-    """Residuals that are shuffled together."""
+    """Residuals that are shuffled together.
+
+    On a GPU there is room for one of them and a little: whoever passes blocks on holds none while
+    the next is made, and none is copied."""
 
     before: dict[int, Lane]  # the text as it stood before: from here it can be read again
     rows: torch.Tensor  # [N, layers, D], lane after lane
-    lengths: list[int]  # rows of each lane
+    chosen: torch.Tensor  # the rows that are trained on, in order
+    lengths: list[int]  # how many of them each lane has
 
 
 def residual_blocks(
@@ -94,23 +107,33 @@ def residual_blocks(
             residuals = harvest(lm, contexts, scale.lm_batch).cpu()
             save_tensors({"residuals": residuals}, folder / "residuals.safetensors")
 
+        per_lane = (~lm.is_special(contexts)).view(len(before), -1).sum(1).tolist()
         if scale.keep_activations:
             tokens = tensor_sha256(contexts)
             read = {"tokens": tokens, "layers": lm.layers, "lm_batch": scale.lm_batch}
-            entry = cached("residuals", disjoint(lm.identity, read), build)
-            rows = load_file(entry / "residuals.safetensors")["residuals"]
+            kept = cached("residuals", disjoint(lm.identity, read), build) / "residuals.safetensors"
+            yield whole_block(before, load_file(kept)["residuals"], per_lane)
         else:
-            rows = harvest(lm, contexts, scale.lm_batch)
-        per_lane = (~lm.is_special(contexts)).view(len(before), -1).sum(1).tolist()
-        yield Block(before, rows, per_lane)
+            yield whole_block(before, harvest(lm, contexts, scale.lm_batch), per_lane)
+
+
+def whole_block(before: dict[int, Lane], rows: torch.Tensor, per_lane: list[int]) -> Block:
+    """A block of which every row is trained on."""
+    return Block(before, rows, torch.arange(len(rows), device=rows.device), per_lane)
 
 
 def without_outliers(block: Block, calibrations: list[Calibration]) -> Block:
     """The block less the tokens that are outliers at any layer."""
     limits = torch.tensor([c.outlier_norm for c in calibrations], device=block.rows.device)
-    keep_N = (finite_norms(block.rows) <= limits).all(-1)
-    lengths = [int(part.sum()) for part in keep_N.split(block.lengths)]
-    return Block(block.before, block.rows[keep_N], lengths)
+    keep_N = (finite_norms(block.rows) <= limits).all(-1)[block.chosen]
+    lengths = [int(part.sum()) for part in keep_N.cpu().split(block.lengths)]
+    return block._replace(chosen=block.chosen[keep_N], lengths=lengths)
+
+
+def first_of(block: list[Block], others: Iterable[Block]) -> Iterator[Block]:
+    """The one block of a list, which is emptied, and then the others."""
+    yield block.pop()
+    yield from others
 
 
 def block_order(
@@ -146,13 +169,15 @@ def shuffled_batches(
     `blocks` begins with block number start.block.  Which rows the n-th batch of a block holds is a
     pure function of the text, the block's number and n; of several processes each gets its part.
     """
-    share = scale.batch_tokens // scale.lanes
-    for index, block in enumerate(blocks, start.block):
+    share, index = scale.batch_tokens // scale.lanes, start.block
+    for block in blocks:
         n_batches = ranks.smallest(min(block.lengths) // share)
         order = block_order(block.before, block.lengths, n_batches, share, "batches", index)
+        order = block.chosen[order.to(block.chosen.device)]
         for n in range(start.batch if index == start.block else 0, n_batches):
-            rows = block.rows[order[n].to(block.rows.device)]
-            yield Position(index, n + 1, block.before), rows
+            yield Position(index, n + 1, block.before), block.rows[order[n]]
+        index += 1  # not enumerate(), which would hold the block while the next is made
+        del block
 
 
 class ActivationStream:
@@ -190,14 +215,14 @@ class ActivationStream:
             f"the text of scale {self.scale.name!r} is shorter than one block of "
             f"{self.scale.block_contexts} contexts: add text or lower block_contexts",
         )
-        self._blocks = chain([first], self._blocks)
+        self._blocks = first_of([first], self._blocks)
         n_layers = len(self.scale.layers)
-        return [calibrate(self.ranks.joined(first.rows[:, i])) for i in range(n_layers)]
+        return [calibrate(first.rows[:, i], self.ranks) for i in range(n_layers)]
 
     def batches(self, units: list[Calibration]) -> Iterator[tuple[Position, torch.Tensor]]:
         """Rows [B, layers, D], outliers left out, each with the position after it, to the end of
         the text."""
-        blocks = (without_outliers(block, units) for block in self._blocks)
+        blocks = map(partial(without_outliers, calibrations=units), self._blocks)
         return shuffled_batches(self.scale, blocks, self.ranks, self.position)
 
     def state(self) -> dict:
@@ -207,5 +232,7 @@ class ActivationStream:
         return {"block": block, "batch": batch, "lanes": {i: asdict(lanes[i]) for i in lanes}}
 
     def close(self) -> None:
-        """Its thread must not tokenise while SAE-Bench does."""
+        """Nothing more is read: its thread must not tokenise while SAE-Bench does, and its last
+        block must not take the evaluation's memory."""
         self._text.close()
+        self._blocks = iter(())

@@ -110,7 +110,7 @@ class Keeper:
 
     def flush(self) -> None:
         speed = round(self.tokens / (time.monotonic() - self.started))
-        self.log([settled(record, speed) for record in self.waiting])
+        self.log([record | {"tokens_per_second": speed} for record in settled(self.waiting)])
         self.waiting, self.tokens, self.started = [], 0, time.monotonic()
 
     def look(self, step: int, state: Callable[[], dict]) -> None:

@@ -38,8 +38,17 @@ def processor() -> tuple[str, str]:
 
 
 def device_kind() -> str:
-    """What rounds this process's products: "cuda", or the kind of CPU."""
-    return "cuda" if torch.cuda.is_available() else f"cpu {processor()[1]}"
+    """What rounds this process's products: the GPU by its name, or the kind of CPU."""
+    if torch.cuda.is_available():
+        return f"cuda {torch.cuda.get_device_name(training_device())}"
+    return f"cpu {processor()[1]}"
+
+
+def on_device(numbers: list[float], device: torch.device) -> torch.Tensor:
+    """[len(numbers)], float32, made there one by one: copying a list to a GPU is waiting for all
+    that it has still to do."""
+    made = [torch.full((), n, dtype=torch.float32, device=device) for n in numbers]
+    return torch.stack(made)
 
 
 class Ranks:
@@ -50,7 +59,14 @@ class Ranks:
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         if self.world > 1:
             if torch.cuda.is_available():
-                torch.cuda.set_device(training_device())
+                here, gpus = training_device(), torch.cuda.device_count()
+                require(
+                    here.index < gpus,
+                    f"{here.index + 1} processes or more share this machine, and it has "
+                    f"{gpus} GPU{'s' * (gpus != 1)}: start one a GPU, torchrun "
+                    f"--nproc_per_node={gpus}",
+                )
+                torch.cuda.set_device(here)
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
     def lanes(self, n_lanes: int) -> range:
@@ -68,11 +84,16 @@ class Ranks:
         if self.world > 1:
             dist.destroy_process_group()
 
+    def total_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, which becomes its sum over the processes."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
     def average_(self, *tensors: torch.Tensor) -> None:
         """Each tensor becomes its mean over the processes."""
         for tensor in tensors if self.world > 1 else ():
-            dist.all_reduce(tensor)
-            tensor.div_(self.world)
+            self.total_(tensor).div_(self.world)
 
     def largest_(self, tensor: torch.Tensor) -> None:
         if self.world > 1:

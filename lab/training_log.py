@@ -90,9 +90,27 @@ class TrainingLog:
             self.wandb.log({f"layer_{r['layer']}/{k}": v for k, v in flat.items()}, step=r["step"])
 
 
-def settled(record: dict, tokens_per_second: int) -> dict:
-    """A record as plain numbers; raises ExperimentError if a loss is not finite."""
-    plain = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in record.items()}
+def settled(records: list[dict]) -> list[dict]:
+    """Records with lists for tensors, which leave the device together: each would have to be waited
+    for.  Raises ExperimentError if a loss is not finite."""
+    tensors = {
+        (n, name): value.detach()
+        for n, record in enumerate(records)
+        for name, value in record.items()
+        if isinstance(value, torch.Tensor)
+    }
+    lists: list[dict] = [{} for _ in records]
+    for kind in dict.fromkeys((t.device, t.dtype) for t in tensors.values()):  # one, as it stands
+        alike = {place: t for place, t in tensors.items() if (t.device, t.dtype) == kind}
+        parts = torch.cat([t.flatten() for t in alike.values()]).cpu()
+        parts = parts.split([t.numel() for t in alike.values()])
+        for ((n, name), t), part in zip(alike.items(), parts, strict=True):
+            lists[n][name] = part.view(t.shape).tolist()
+    return [finite(record | plain) for record, plain in zip(records, lists, strict=True)]
+
+
+def finite(plain: dict) -> dict:
+    """A record as it is; raises ExperimentError if its loss is not finite."""
     for seed, loss in enumerate(plain["loss"]):
         if not math.isfinite(loss):
             parts = ", ".join(
@@ -102,4 +120,4 @@ def settled(record: dict, tokens_per_second: int) -> dict:
                 f"the loss is {loss} at step {plain['step']}, layer {plain['layer']}, seed {seed} "
                 f"({parts}): lower learning_rate or look at the activations; nothing was evaluated"
             )
-    return plain | {"tokens_per_second": tokens_per_second}
+    return plain

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,13 +16,15 @@ from lab.activations import (
     calibrate,
     residual_blocks,
     shuffled_batches,
+    whole_block,
     without_outliers,
 )
+from lab.devices import Ranks
 from lab.process import ExperimentError
 from lab.text import text_blocks
 
 LM, SCALE = ReadingModel(), IN_LANES
-ALONE = SimpleNamespace(smallest=lambda n: n)
+ALONE = Ranks()
 
 
 # ── Calibration ─────────────────────────────────────────────────────────────────────────────────
@@ -40,7 +41,7 @@ def residuals(n: int = 400, outliers: int = 0, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("outliers", [0, 8])
 def test_the_unit_of_training_is_the_root_mean_square_distance_of_kept_tokens(outliers):
     x = residuals(outliers=outliers)
-    units = calibrate(x)
+    units = calibrate(x, ALONE)
     kept = x[: len(x) - outliers] * units.scale
     distances = (kept - units.b_dec).norm(dim=-1)
     assert distances.square().mean().item() == pytest.approx(1.0, abs=1e-5)
@@ -51,24 +52,24 @@ def test_the_unit_of_training_is_the_root_mean_square_distance_of_kept_tokens(ou
 
 def test_outliers_are_found_by_their_norm_and_counted():
     x = residuals(outliers=8)
-    units = calibrate(x)
+    units = calibrate(x, ALONE)
     norms = x.norm(dim=-1)
     assert units.outlier_norm == pytest.approx(3 * norms.sort().values[199].item())
     assert ((norms > units.outlier_norm).nonzero().flatten() >= 392).all()
     assert units.outlier_fraction == pytest.approx(8 / 400)
-    assert calibrate(residuals()).outlier_fraction == 0
+    assert calibrate(residuals(), ALONE).outlier_fraction == 0
 
 
 def test_outliers_left_in_would_change_the_unit():
     x = residuals(outliers=8)
-    with_them = calibrate(x, times_median=1000.0)
+    with_them = calibrate(x, ALONE, times_median=1000.0)
     assert with_them.outlier_fraction == 0
-    assert with_them.scale < 0.5 * calibrate(x).scale
+    assert with_them.scale < 0.5 * calibrate(x, ALONE).scale
 
 
 def test_calibration_of_bfloat16_residuals_is_computed_in_float32():
     x = residuals(outliers=8)
-    exact, found = calibrate(x), calibrate(x.bfloat16())
+    exact, found = calibrate(x, ALONE), calibrate(x.bfloat16(), ALONE)
     assert found.b_dec.dtype == torch.float32
     assert found.scale == pytest.approx(exact.scale, rel=1e-3)
 
@@ -76,7 +77,7 @@ def test_calibration_of_bfloat16_residuals_is_computed_in_float32():
 @pytest.mark.parametrize("same", [0.0, 2.5])
 def test_residuals_that_do_not_vary_have_no_unit(same):
     with pytest.raises(ExperimentError, match="are the same at every token"):
-        calibrate(torch.full((50, 6), same))
+        calibrate(torch.full((50, 6), same), ALONE)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -84,15 +85,15 @@ def test_residuals_that_are_not_finite_are_an_error_and_no_outliers(value):
     x = residuals()
     x[7, 3] = value
     with pytest.raises(ExperimentError, match="are not finite"):
-        calibrate(x)
-    units = calibrate(residuals())
+        calibrate(x, ALONE)
+    units = calibrate(residuals(), ALONE)
     with pytest.raises(ExperimentError, match="are not finite"):
         without_outliers(block(x[:, None], len(x)), [units])
 
 
 def block(rows: torch.Tensor, *lengths: int, lanes: tuple[int, ...] | None = None) -> Block:
     lanes = lanes or tuple(range(len(lengths)))
-    return Block(fresh(lanes), rows, list(lengths))
+    return whole_block(fresh(lanes), rows, list(lengths))
 
 
 def test_a_token_that_is_an_outlier_at_any_layer_is_left_out_at_all():
@@ -109,7 +110,8 @@ def test_a_token_that_is_an_outlier_at_any_layer_is_left_out_at_all():
     for lengths, left in (((4,), [2]), ((2, 2), [1, 1]), ((1, 0, 3), [1, 0, 1]), ((3, 1), [1, 1])):
         whole = block(rows.bfloat16(), *lengths)
         kept = without_outliers(whole, calibrations)
-        assert torch.equal(kept.rows, rows[[0, 3]].bfloat16())
+        assert torch.equal(kept.rows[kept.chosen], rows[[0, 3]].bfloat16())
+        assert kept.rows is whole.rows, "nothing is copied"
         assert kept.lengths == left, "every lane is shorter by its own outliers"
         assert kept.before == whole.before
 

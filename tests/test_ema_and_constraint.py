@@ -229,7 +229,7 @@ def trainer_of(run: experiment.Run, **changes) -> experiment.Trainer:
         initial_l0_fraction=0.5,
         ema_horizon_fraction=0.5,
     )
-    return experiment.Trainer(scale, recipe, run, 1, calibrate(batch(0)), Ranks())
+    return experiment.Trainer(scale, recipe, run, 1, calibrate(batch(0), Ranks()), Ranks())
 
 
 def batch(seed: int) -> torch.Tensor:

@@ -58,7 +58,7 @@ def batches() -> list[torch.Tensor]:
 
 
 def fresh_trainer(name: str) -> Trainer:
-    units = calibrate(torch.cat(batches()))
+    units = calibrate(torch.cat(batches()), Ranks())
     trainer = Trainer(SCALE, OURS, experiment.RUNS[name], 12, units, Ranks())
     trainer.online = online_absorption()
     trainer.sae.b_enc.data[:, 0] = -100.0  # a latent that never fires
@@ -67,7 +67,7 @@ def fresh_trainer(name: str) -> Trainer:
 
 def steps(trainer: Trainer, first: int, last: int) -> list[dict]:
     """The records of some steps, as plain numbers."""
-    return [settled(trainer.step(x), 0) for x in batches()[first:last]]
+    return settled([trainer.step(x) for x in batches()[first:last]])
 
 
 def numbers_of(value: object, path: str, seen: dict[int, object]) -> dict[str, object]:
