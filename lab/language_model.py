@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
+from lab.compiled import compile_blocks
 from lab.devices import device_kind, training_device
 from lab.process import ExperimentError, first_line, quiet_transformers, require, say
 from lab.scales import Scale
+from lab.seeds import seed_for
 from lab.smollm2 import smollm2_folder
 from lab.storage import disjoint, file_sha256, versions
 
@@ -109,6 +111,7 @@ class LanguageModel:
             "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
             "dtype": str(dtype),
             "device": device_kind(),
+            "compiled": False,
         }
         identity = disjoint(identity, versions("torch", "transformers", "tokenizers"))
         again = partial(cls.load, source, name, layers)
@@ -125,6 +128,15 @@ class LanguageModel:
                 f"{self.name} has changed while it was read: run the same command again",
             )
         return self.others[dtype]
+
+    def compile(self, contexts: int, length: int) -> None:
+        """Read batches of this shape with compiled blocks from here on, where they agree."""
+        generator = torch.Generator().manual_seed(seed_for("compiled"))
+        shape, words = (contexts, length), self.model.config.vocab_size
+        tokens_BL = torch.randint(words, shape, generator=generator)
+        tokens_BL[:, 0] = self.tokenizer.bos_token_id
+        blocks = self._blocks[: max(self.layers) + 1]
+        self.identity |= {"compiled": compile_blocks(blocks, self.residuals, tokens_BL)}
 
     def _hook(self, layer: int, module, args, output):
         """Note a block's output, or put another in its place."""
@@ -238,4 +250,6 @@ def load_language_model(scale: Scale, dtype=torch.bfloat16) -> LanguageModel:
         max(scale.k_values) <= lm.d_in,
         f"k_values={scale.k_values} asks for probes on more channels than {name} has, {lm.d_in}",
     )
+    if scale.compiled:
+        lm.compile(scale.lm_batch, scale.context_length)
     return lm

@@ -43,6 +43,7 @@ class Scale:
     target_l0: float = 36.0  # where every run ends: arms are compared at matched sparsity
     # How the machine is used
     lm_batch: int = 32  # contexts per forward: enough to feed the cores, and fit their caches
+    compiled: bool = False  # the model's blocks, for training: pays from some 20 million tokens on
     block_contexts: int = 1024  # contexts shuffled together
     lanes: int = 16  # streams the text is dealt into: no more processes than these train together
     training_dtype: str = "bfloat16"  # of the large operations; weights are float32
