@@ -1,6 +1,8 @@
 """Calibration, blocks of residuals, and the order that batches are drawn in."""
 
+import gc
 import itertools
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,10 +12,12 @@ from tiny import IN_LANES, ReadingModel, fresh, in_pairs
 
 import lab.storage
 from lab.activations import (
+    ActivationStream,
     Block,
     Calibration,
     Position,
     calibrate,
+    harvest,
     residual_blocks,
     shuffled_batches,
     whole_block,
@@ -333,3 +337,29 @@ def test_batches_are_the_same_in_one_process_and_in_several_and_after_any_interr
         position, _ = whole[n]
         rest = [rows[:, 0, 0].long().tolist() for _, rows in chain(Recorder(), position)]
         assert rest == tokens[n + 1 :]
+
+
+def test_a_block_is_let_go_before_the_next_is_made_and_when_the_stream_is_closed(
+    documents, monkeypatch
+):
+    made, alive_at = [], []
+
+    def counted(*args):
+        gc.collect()
+        alive_at.append(sum(block() is not None for block in made))
+        rows = harvest(*args)
+        made.append(weakref.ref(rows))
+        return rows
+
+    monkeypatch.setattr(lab.activations, "harvest", counted)
+    stream = ActivationStream(SCALE, LM, ALONE, 3)
+    stream.calibrations()
+    batches = stream.batches(LIMITS)
+    for _ in range(30):
+        next(batches)
+    assert len(made) > 3
+    assert set(alive_at) == {0}
+    del batches
+    stream.close()
+    gc.collect()
+    assert not any(block() is not None for block in made)

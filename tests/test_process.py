@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import stop_me
 
-from lab.devices import Ranks
+from lab.devices import Ranks, device_kind
 from lab.process import ExperimentError, Interrupted, Signals, progress_bar, told
 from lab.storage import remembered, save_tensors
 
@@ -84,6 +84,19 @@ def test_several_processes_share_the_lanes_without_gaps_or_are_told_how_many_can
         with pytest.raises(ExperimentError, match="4 processes cannot share 6 lanes"):
             ranks.lanes(6)
     assert shares == [list(range(4 * rank, 4 * rank + 4)) for rank in range(4)]
+
+
+def test_more_processes_than_gpus_is_a_sentence_and_a_gpu_is_known_by_its_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    for name, value in {"RANK": 2, "WORLD_SIZE": 4, "LOCAL_RANK": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ExperimentError, match="it has 2 GPUs: start one a GPU, torchrun") as error:
+        Ranks()
+    assert "3 processes or more share this machine" in str(error.value)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert device_kind() == "cuda card 1"
 
 
 # ── Signals ─────────────────────────────────────────────────────────────────────────────────────
