@@ -232,7 +232,5 @@ class ActivationStream:
         return {"block": block, "batch": batch, "lanes": {i: asdict(lanes[i]) for i in lanes}}
 
     def close(self) -> None:
-        """Nothing more is read: its thread must not tokenise while SAE-Bench does, and its last
-        block must not take the evaluation's memory."""
+        """Its thread must not tokenise while SAE-Bench does."""
         self._text.close()
-        self._blocks = iter(())

@@ -339,9 +339,7 @@ def test_batches_are_the_same_in_one_process_and_in_several_and_after_any_interr
         assert rest == tokens[n + 1 :]
 
 
-def test_a_block_is_let_go_before_the_next_is_made_and_when_the_stream_is_closed(
-    documents, monkeypatch
-):
+def test_a_block_is_let_go_before_the_next_is_made_and_with_its_reader(documents, monkeypatch):
     made, alive_at = [], []
 
     def counted(*args):
@@ -360,6 +358,5 @@ def test_a_block_is_let_go_before_the_next_is_made_and_when_the_stream_is_closed
     assert len(made) > 3
     assert set(alive_at) == {0}
     del batches
-    stream.close()
     gc.collect()
     assert not any(block() is not None for block in made)
