@@ -120,7 +120,8 @@ def evaluate(
     for layer, paths in saved.items():
 
         def fidelity(layer: int = layer, paths: dict = paths) -> list[list[float]]:
-            held = HeldOut(lm, heldout_NL, layer, units[layer].outlier_norm, scale.lm_batch)
+            norm, keep = units[layer].outlier_norm, scale.keep_activations
+            held = HeldOut(lm, heldout_NL, layer, norm, scale.lm_batch, keep)
             found = [held.fidelity(load_sae(path).to(lm.device)) for path in paths.values()]
             return [[finite_or_none(value) for value in fidelity] for fidelity in found]
 

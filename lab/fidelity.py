@@ -1,10 +1,13 @@
 """How well a saved SAE stands in for the residual stream, on held-out text."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file
 
 from lab.language_model import LanguageModel
+from lab.storage import cached, disjoint, save_tensors, tensor_sha256
 
 
 class Fidelity(NamedTuple):
@@ -29,16 +32,41 @@ class HeldOut:
         layer: int,
         outlier_norm: float,
         batch: int,
+        keep: bool = False,
     ):
-        self.lm, self.layer = lm, layer
-        found = [lm.residuals(t)[self.layer].float() for t in contexts_NL.split(batch)]
-        self.residuals_NLD = torch.cat(found)
-        ordinary_NL = self.residuals_NLD.norm(dim=-1) <= outlier_norm
-        self.scored_NL = ordinary_NL & ~lm.is_special(contexts_NL).to(lm.device)
+        """With `keep` what the language model says is a cache entry, for later runs."""
+        self.lm, self.layer, self.outlier_norm = lm, layer, outlier_norm
+        self.contexts_NL = contexts_NL
         self.ce_tokens = contexts_NL[: max(1, len(contexts_NL) // 16)]  # the whole model is slow
-        self.ce = self.cross_entropy(self.residuals_NLD)
-        zeros = self.residuals_NLD.masked_fill(self.scored_NL[..., None], 0)
-        self.ce_zeros = self.cross_entropy(zeros)
+
+        def build(folder: Path) -> None:
+            tensors = {name: tensor.cpu() for name, tensor in self._read(batch).items()}
+            save_tensors(tensors, folder / "heldout.safetensors")
+
+        if keep:
+            tokens = {"tokens": tensor_sha256(contexts_NL), "shape": contexts_NL.shape}
+            asked = tokens | {"layer": layer, "outlier_norm": outlier_norm, "batch": batch}
+            entry = cached("heldout", disjoint(lm.identity, asked), build)
+            read = load_file(entry / "heldout.safetensors", device=str(lm.device))
+        else:
+            read = self._read(batch)
+        self.residuals_NLD = read["residuals"].float()
+        self.scored_NL = self._scored(self.residuals_NLD)
+        self.ce, self.ce_zeros = read["cross_entropies"].tolist()
+
+    def _read(self, batch: int) -> dict[str, torch.Tensor]:
+        """Residuals [N, L, D] as the model gives them; cross-entropy of the model as it is, and
+        with zeros for the residuals that are scored."""
+        found = [self.lm.residuals(t)[self.layer] for t in self.contexts_NL.split(batch)]
+        residuals_NLD = torch.cat(found)
+        zeros = residuals_NLD.masked_fill(self._scored(residuals_NLD.float())[..., None], 0)
+        both = [self.cross_entropy(residuals) for residuals in (residuals_NLD, zeros)]
+        cross_entropies = torch.tensor(both, dtype=torch.float64)
+        return {"residuals": residuals_NLD, "cross_entropies": cross_entropies}
+
+    def _scored(self, residuals_NLD: torch.Tensor) -> torch.Tensor:
+        ordinary_NL = residuals_NLD.norm(dim=-1) <= self.outlier_norm
+        return ordinary_NL & ~self.lm.is_special(self.contexts_NL).to(self.lm.device)
 
     def cross_entropy(self, residuals_NLD: torch.Tensor) -> float:
         tokens = self.ce_tokens.split(8)  # more would only be more logits at a time
