@@ -1,8 +1,8 @@
 """Runs as they lie on disk: what plot.py compares, read without trusting any of it.
 
 A run that is unfinished, damaged or no result is named and passed over; a log or a configuration
-that is none is named and left out.  Beside the reading stands what needs two runs: differences
-paired by seed.  Needs numpy, and neither torch nor matplotlib.
+that is none is named and left out.  Beside the reading stands which values of two runs belong
+together.  Needs numpy, and neither torch nor matplotlib.
 """
 
 import contextlib
@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from lab.comparison import Difference, Value, mean_and_error, paired_difference
 
 READ_OUT = ", read out with alpha = "
 # Two metrics had other names when results/laptop was made; they now agree with absorption_*.
@@ -27,16 +29,6 @@ MADE_WITH = ("laboratory", "processor", "device", "probing_texts")
 BETWEEN_SEEDS = ("_over_seeds", "_rank_correlation", "_pw_mcc", "_pw_mcc_null")
 
 Label = str | tuple[str, str]  # a run's; with it the title of the row it was written for
-Value = tuple[float, float]  # mean and standard error, NaN where missing
-
-
-def mean_and_error(values) -> Value | tuple[np.ndarray, np.ndarray]:
-    """Over the last axis, the seeds.  A None makes both NaN; a single seed has no error."""
-    values = np.array(values, dtype=float)
-    n = values.shape[-1]
-    mean = values.mean(-1) if n else np.full(values.shape[:-1], math.nan)
-    error = values.std(-1, ddof=1) / math.sqrt(n) if n > 1 else np.full_like(mean, math.nan)
-    return mean, error
 
 
 @dataclass
@@ -175,17 +167,12 @@ def find(arms: list[Arm], name: str) -> Arm | None:
     return next((arm for arm in arms if arm.name == name), None)
 
 
-def paired(arm: Arm, other: Arm, metric: str) -> Value:
-    """Seed s of `arm` minus seed s of `other`, over the seeds both have.
-
-    Seed s starts from the same weights and sees the same batches in every run, so what the seeds
-    differ by drops out.
-    """
+def paired(arm: Arm, other: Arm, metric: str) -> Value | Difference:
+    """`arm` less `other`, paired by seed; of what compares seeds with each other, no more than the
+    difference of the two numbers."""
     if metric.endswith(BETWEEN_SEEDS):
         return arm.value(metric)[0] - other.value(metric)[0], math.nan
-    a, b = arm.seeds(metric), other.seeds(metric)
-    n = min(len(a), len(b))
-    return mean_and_error(a[:n] - b[:n])
+    return paired_difference(arm.seeds(metric), other.seeds(metric))
 
 
 def task_differences(arm: Arm, control: Arm) -> dict[str, np.ndarray]:
