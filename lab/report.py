@@ -92,7 +92,10 @@ def not_comparable(arms: list[Arm]) -> list[str]:
     """
 
     def settings(arm: Arm) -> dict:
-        return {**arm.config.get("scale", {}), **arm.config.get("recipe", {})}
+        found = {**arm.config.get("scale", {}), **arm.config.get("recipe", {})}
+        if "target_l0" in found:  # of an old run, which had one
+            found["target_l0s"] = [found.pop("target_l0")]
+        return found
 
     notes = []
     for arm in arms:

@@ -17,7 +17,7 @@ import numpy as np
 
 from lab.comparison import Difference, Value, mean_and_error, paired_difference
 
-READ_OUT = ", read out with alpha = "
+AT_L0, READ_OUT = ", L0 ", ", read out with alpha = "  # in titles of entries, in this order
 # Two metrics had other names when results/laptop was made; they now agree with absorption_*.
 RENAMED = {
     "online_absorption": "online_absorption_fraction",
@@ -132,6 +132,24 @@ def read_optional(path: Path, otherwise: list | dict) -> list | dict:
         return otherwise
 
 
+def own_records(records: list[dict], key: str, config: dict) -> list[dict]:
+    """The lines of a training log that an entry is of: its layer's, and of a run with several
+    target L0s the values of the seeds trained to its own."""
+    name, _, target = key.partition(AT_L0)
+    found = [r for r in records if name.endswith(f" layer {r['layer']}")]
+    if not target:
+        return found
+    scale = config.get("scale", {})
+    targets = [f"{l0:g}" for l0 in scale.get("target_l0s", ())]
+    if target not in targets:
+        return []
+    first, n = targets.index(target) * scale["n_seeds"], scale["n_seeds"]
+    return [
+        {k: v[first : first + n] if isinstance(v, list) else v for k, v in record.items()}
+        for record in found
+    ]
+
+
 def arms_of(
     folder: Path, runs: dict[str, dict], labels: dict[str, Label], looks: dict[str, dict]
 ) -> dict[str, list[Arm]]:
@@ -147,8 +165,8 @@ def arms_of(
             key, _, alpha = title.partition(READ_OUT)
             entry = {part: {} for part in parts} | info[title]
             if not alpha:
-                layer = [r for r in records if key.endswith(f" layer {r['layer']}")]
-                arms[key] = Arm(name, label, key, entry, look, written_for, layer, config)
+                own = own_records(records, key, config)
+                arms[key] = Arm(name, label, key, entry, look, written_for, own, config)
                 groups.setdefault(key, []).append(arms[key])
             elif key in arms:
                 opened = look | {"markerfacecolor": "white"}

@@ -181,6 +181,13 @@ def test_the_recipe_of_a_new_run_is_compared_with_the_scale_of_an_old_one(tmp_pa
     assert note == "NOT COMPARABLE: run_3 ran with another gate_init than run_1."
 
 
+def test_the_one_target_of_an_old_run_is_compared_with_the_targets_of_a_new_one(tmp_path):
+    configs = {"run_1": {"target_l0": 36.0}, "run_2": {"target_l0s": [36.0]}}
+    configs["run_3"] = {"target_l0s": [18.0, 36.0]}
+    note = notes_of(tmp_path, **{name: {"scale": scale} for name, scale in configs.items()})
+    assert note == "NOT COMPARABLE: run_3 ran with another target_l0s than run_1."
+
+
 def test_a_label_whose_run_another_row_made_is_said(summary, tmp_path):
     said = "run_7 is labelled 'control: vanilla ReLU', but was made by another row: 'the control'."
     assert said in summary
