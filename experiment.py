@@ -26,7 +26,8 @@ themselves, every score goes through encode() and decode() below, and after trai
 is loaded afresh and must compute what was trained.  A folder belongs to the code that began it:
 what is finished stays as it is, and an edited script wants another folder, or that one deleted.
 
-Shape letters: S seeds, B tokens of a batch, N tokens or words, L positions, D d_in, F d_sae latents
+Shape letters: S seeds (each once for every target L0), B tokens of a batch, N tokens or words,
+L positions, D d_in, F d_sae latents
 """
 
 import lab  # isort: skip: before any package, it says which Python and systems have them all
@@ -94,7 +95,7 @@ def constant(alpha: float) -> dict:
     return {"schedule": "fixed", "alpha_start": alpha, "alpha_end": alpha}
 
 
-# Every run ends at the scale's target_l0 (36 on a laptop), so that runs compare at one sparsity.
+# Every run ends at the scale's target_l0s (36 on a laptop), so that runs compare at one sparsity.
 RUNS: dict[str, Run] = {
     "run_1": Run("the method: alpha 0.1 -> 0.9 linearly, EMA on", readout_alphas=(0.0, 1.0)),
     "run_2": Run("alpha and L0 target paced by measured absorption", schedule="adaptive"),
@@ -128,7 +129,7 @@ class Recipe:
     decay_fraction: float = 0.2  # last part of training, learning rate falling linearly to 0
     gate_init: float = 0.2  # one constant for every latent of every arm
     initial_l0_fraction: float = 0.5  # of the latents: what fires at initialisation
-    tightening_fraction: float = 0.3  # first part of training: L0 falls from there to target_l0
+    tightening_fraction: float = 0.3  # first part of training: L0 falls from there to its target
     initial_lambda: float = 0.04
     ema_horizon_fraction: float = 0.01  # of the steps; decay = alpha ** (1 / horizon)
 
@@ -205,11 +206,11 @@ def check_schedule(run: Run, points: int = 1001) -> None:
         )
 
 
-def l0_target_at(scale: Scale, recipe: Recipe, progress: float) -> float:
-    """The sparsity constraint: geometric, from the initial L0 to the scale's target_l0."""
+def l0_target_at(scale: Scale, recipe: Recipe, progress: float, target_l0: float) -> float:
+    """The sparsity constraint: geometric, from the initial L0 to the one of the scale's targets."""
     initial_l0 = recipe.initial_l0_fraction * scale.d_sae
     way = min(1.0, progress / recipe.tightening_fraction)
-    return initial_l0 * (scale.target_l0 / initial_l0) ** way
+    return initial_l0 * (target_l0 / initial_l0) ** way
 
 
 def learning_rate_factor(scale: Scale, recipe: Recipe, step: int) -> float:
@@ -526,6 +527,8 @@ def paced_progress(done: float, rate: float, progress: float, elapsed: float) ->
 class Trainer:
     """The SAEs of one layer, all seeds at once, with everything that changes from step to step.
 
+    With several target L0s each seed is there once for each: the same start, the same batches.
+
     A checkpoint holds all of it as it stands: what could not be put back is refused by name.
     """
 
@@ -535,8 +538,8 @@ class Trainer:
         self.scale, self.recipe, self.run, self.layer = scale, recipe, run, layer
         self.units, self.ranks = units, ranks
         self.device, self.dtype = training_device(), getattr(torch, scale.training_dtype)
-        S = scale.n_seeds
-        seeds = [seed_for("init", scale.name, layer, seed) for seed in range(S)]
+        S = len(scale.sae_targets)
+        seeds = [seed_for("init", scale.name, layer, seed % scale.n_seeds) for seed in range(S)]
         start = {"b_dec": units.b_dec.cpu(), "mean_norm": units.mean_norm}
         sae = BlendedSAE(run, recipe, len(units.b_dec), scale.d_sae, seeds, **start)
         for parameter, p in sae.named_parameters():
@@ -564,8 +567,12 @@ class Trainer:
         """alpha and L0 target of each seed at a step."""
         progress = step / max(1, self.scale.total_steps - 1)
         adaptive = self.run.schedule == "adaptive"
-        ways = self.paced if adaptive else [progress] * self.scale.n_seeds
-        targets = [l0_target_at(self.scale, self.recipe, way) for way in ways]
+        finals = self.scale.sae_targets
+        ways = self.paced if adaptive else [progress] * len(finals)
+        targets = [
+            l0_target_at(self.scale, self.recipe, way, final)
+            for way, final in zip(ways, finals, strict=True)
+        ]
         return [alpha_at(self.run, way) for way in ways], targets
 
     def final_alphas(self) -> list[float]:
@@ -787,9 +794,10 @@ def chosen_recipe(scale: Scale, run: Run) -> Recipe:
     require(scale.name in RECIPES, f"RECIPES has no row {scale.name!r}: add one for this scale")
     recipe = RECIPES[scale.name]
     initial = recipe.initial_l0_fraction * scale.d_sae
+    highest = max(scale.target_l0s)
     require(
-        scale.target_l0 < initial,
-        f"target_l0={scale.target_l0:g} must be below what fires at initialisation, "
+        highest < initial,
+        f"target_l0s: {highest:g} must be below what fires at initialisation, "
         f"initial_l0_fraction x d_sae = {initial:g}",
     )
     check_schedule(run)

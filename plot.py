@@ -23,18 +23,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from lab.comparison import mean_and_error, sd
 from lab.drawing import curves, draw, looks, rows, say, short, stack
 from lab.report import Section, comparison, definitions, titled, write
-from lab.runs import (
-    Arm,
-    arms_of,
-    chosen,
-    find,
-    found_runs,
-    mean_and_error,
-    task_differences,
-    with_readouts,
-)
+from lab.runs import Arm, arms_of, chosen, find, found_runs, task_differences, with_readouts
 
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Labels                                                                                         │
@@ -175,7 +167,8 @@ def absorption_letters(arms: list[Arm]):
 
 
 def probing(arms: list[Arm]):
-    """Sparse probing.  Bottom: a tick is a task; the error of the tasks' mean is over seeds."""
+    """Sparse probing.  Bottom: a tick is a task; the error of the tasks' mean is over seeds; grey
+    is the sd of the mean over the control's own seeds."""
     control = find(arms, CONTROL)
     others = [arm for arm in arms if control and arm is not control]
     tasks = sorted({task for arm in arms for task in arm.tasks()})
@@ -193,6 +186,9 @@ def probing(arms: list[Arm]):
     for y, (arm, difference) in enumerate(zip(others, found, strict=True)):
         ticks = np.mean(difference, 1) if difference else []
         ax.plot(ticks, [y] * len(ticks), "|", color=arm.look["color"], markersize=7, alpha=0.6)
+    noise = sd(control.seeds("probing_top_1"))
+    if math.isfinite(noise):
+        ax.axvspan(-noise, noise, color="0.9", lw=0, zorder=0)
     ax.axvline(0, color="black", lw=0.8)
     return figure
 

@@ -2,8 +2,9 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from lab.language_model import LanguageModel
 from lab.metrics import finite_or_none
 from lab.probing import evaluate_probing, probing_artifacts
 from lab.process import Clock, require, say
-from lab.results import layer_results, readout_results
+from lab.results import layer_results, of_seeds, readout_results, title
 from lab.saved_sae import Trained, check_saved, load_sae
 from lab.scales import Scale
 from lab.storage import json_text, remembered, versions
@@ -140,27 +141,32 @@ def evaluate(
         absorption[layer] = part(f"absorption_layer_{layer}", compute)
     clock.lap("absorption")
 
-    entries = {}
-    for layer in saved:
-        title = f"{scale.name} layer {layer}"
-        own = [record for record in records if record["layer"] == layer]
-        decoders = [load_sae(path).W_dec for path in saved[layer].values()]
-        entries[title] = layer_results(
-            scale, own, fidelities[layer], probing[layer, None], absorption[layer], decoders
+    entries, n = {}, scale.n_seeds
+    for layer, (i, target) in product(saved, enumerate(scale.target_l0s)):
+        name, seeds = title(scale, layer, target), slice(i * n, (i + 1) * n)
+        own = [of_seeds(record, seeds) for record in records if record["layer"] == layer]
+        decoders = [load_sae(path).W_dec for path in [*saved[layer].values()][seeds]]
+        entries[name] = layer_results(
+            replace(scale, target_l0s=(target,)),
+            own,
+            fidelities[layer][seeds],
+            probing[layer, None][seeds],
+            absorption[layer][seeds],
+            decoders,
         )
-        entries[title]["notes"] = {
+        entries[name]["notes"] = {
             "activation_scale": units[layer].scale,
             "outlier_norm": units[layer].outlier_norm,
             "outlier_fraction": units[layer].outlier_fraction,
         }
-        if None in absorption[layer]:
+        if None in absorption[layer][seeds]:
             f1 = load_file(first_letter_probes(scale, lm, layer) / "probe.safetensors")["f1"]
-            entries[title]["notes"]["absorption"] = (
+            entries[name]["notes"]["absorption"] = (
                 "null: SAE-Bench needs 20 letters whose probe reaches F1 0.6; of "
                 f"{len(first_letter_words(scale, lm))} words as layer {layer} of {lm.name} has "
                 f"them, {int((f1 > 0.6).sum())} letters do: more words, or a model that spells"
             )
         for alpha in readout_alphas:
-            name = f"{title}, read out with alpha = {alpha:g}"
-            entries[name] = readout_results(scale, probing[layer, alpha])
+            found = readout_results(scale, probing[layer, alpha][seeds])
+            entries[f"{name}, read out with alpha = {alpha:g}"] = found
     return entries, folder

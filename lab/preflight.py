@@ -162,7 +162,7 @@ def not_enough_room(scale: Scale, out_dir: Path, model: ModelNeeds) -> Iterator[
     from huggingface_hub import constants
 
     layers = len(scale.layers)
-    sae_bytes = layers * scale.n_seeds * 2 * model.d_in * scale.d_sae * 4
+    sae_bytes = layers * len(scale.sae_targets) * 2 * model.d_in * scale.d_sae * 4
     # Half of a vocabulary is words; each is an example for probes, and prompts for every SAE.
     words = scale.absorption_words or model.vocabulary // 2
     prompts = 20_000 * (model.d_in / 2304) * words * layers

@@ -15,24 +15,21 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lab.comparison import Difference, Value, mean_and_error, sd, within_noise
 from lab.drawing import Figure
-from lab.runs import (
-    MADE_WITH,
-    Arm,
-    Value,
-    find,
-    mean_and_error,
-    paired,
-    task_differences,
-    with_readouts,
-)
+from lab.runs import MADE_WITH, Arm, find, paired, task_differences, with_readouts
 
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Tables                                                                                         │
 # └────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 Metrics = dict[str, tuple[str, str, str]]  # name -> title, arrow, definition
-Row = tuple[str, Callable[[str], Value]]  # its name, and what gives the value of a metric
+Row = tuple[str, Callable[[str], str]]  # its name, and what gives the cell of a metric
+MISSING = "–"
+
+
+class Grey(str):
+    """A cell that says less than it seems to: grey on the page, in brackets in plain text."""
 
 
 class Table(NamedTuple):
@@ -45,9 +42,27 @@ def shown(value: Value, sign: str = "") -> str:
     """Four decimals, or one from 10 upwards; a dash for what is missing."""
     mean, error = value
     if not math.isfinite(mean):
-        return "–"
+        return MISSING
     digits = 4 if abs(mean) < 10 else 1
     return f"{mean:{sign}.{digits}f}" + (f" ± {error:.{digits}f}" if math.isfinite(error) else "")
+
+
+def cells(value: Callable[[str], Value], sign: str = "") -> Callable[[str], str]:
+    return lambda metric: shown(value(metric), sign)
+
+
+def difference(arm: Arm, control: Arm, metric: str) -> str:
+    """`arm` less `control`: with interval (or error), p and n; grey within the control's noise."""
+    found = paired(arm, control, metric)
+    if not isinstance(found, Difference):  # of what compares seeds with each other
+        return shown(found, "+")
+    text = shown((found.mean, found.error), "+")
+    if math.isfinite(found.low):
+        mean, low, high = (shown((x, math.nan), "+") for x in (found.mean, found.low, found.high))
+        text = f"{mean} [{low}, {high}]"
+    if text != MISSING:
+        text += f", p {found.p:.2g}, n {found.n}".replace("nan", MISSING)
+    return Grey(text) if within_noise(found.mean, control.seeds(metric)) else text
 
 
 def titled(about: tuple[str, str, str]) -> str:
@@ -55,16 +70,15 @@ def titled(about: tuple[str, str, str]) -> str:
     return " ".join(about[:2]).rstrip()
 
 
-def metric_tables(title: str, note: str, rows: list[Row], groups: dict[str, Metrics], sign=""):
+def metric_tables(title: str, note: str, rows: list[Row], groups: dict[str, Metrics]):
     """One table per group of metrics; a metric that no row has is no column, but is named."""
     tables = []
     for group, metrics in groups.items():
-        found = {m: [value(m) for _, value in rows] for m in metrics}
-        kept = [m for m in found if np.isfinite([mean for mean, _ in found[m]]).any()]
+        found = {m: [cell(m) for _, cell in rows] for m in metrics}
+        kept = [m for m in found if set(found[m]) != {MISSING}]
         absent = ", ".join(metrics[m][0] for m in found if m not in kept)
         lines = [["", *(titled(metrics[m]) for m in kept)]]
-        for i, (name, _) in enumerate(rows):
-            lines.append([name, *(shown(found[m][i], sign) for m in kept)])
+        lines += [[name, *(found[m][i] for m in kept)] for i, (name, _) in enumerate(rows)]
         text = f"{note}  No value in any row: {absent}." if absent else note
         tables.append(Table(f"{title}: {group}", text.strip(), lines if kept else []))
     return tables
@@ -78,7 +92,10 @@ def not_comparable(arms: list[Arm]) -> list[str]:
     """
 
     def settings(arm: Arm) -> dict:
-        return {**arm.config.get("scale", {}), **arm.config.get("recipe", {})}
+        found = {**arm.config.get("scale", {}), **arm.config.get("recipe", {})}
+        if "target_l0" in found:  # of an old run, which had one
+            found["target_l0s"] = [found.pop("target_l0")]
+        return found
 
     notes = []
     for arm in arms:
@@ -122,8 +139,11 @@ def task_table(arms: list[Arm], control: Arm) -> Table:
     lines = [["", "mean", "sd over tasks", *tasks]]
     for arm, means in zip(arms, found, strict=True):
         known = [mean for mean in means.values() if math.isfinite(mean)]
-        sd = np.std(known, ddof=1) if len(known) > 1 else math.nan
-        values = [mean_and_error(known)[0], sd, *(means.get(task, math.nan) for task in tasks)]
+        values = [
+            mean_and_error(known)[0],
+            sd(known),
+            *(means.get(task, math.nan) for task in tasks),
+        ]
         lines.append([arm.row, *(shown((value, math.nan), "+") for value in values)])
     note = "Paired by seed, then the mean over seeds; mean and sd are over tasks."
     return Table(f"Differences to {control.name}: top-1 probing by task", note, lines)
@@ -172,29 +192,31 @@ def comparison(
         mean, error = arm.value(metric)
         return mean - baseline.value(metric)[0], error
 
-    values = [(arm.row, arm.value) for arm in arms]
+    values = [(arm.row, cells(arm.value)) for arm in arms]
     tables = [runs_table(arms)]
     tables += metric_tables("Results", "", values, the_rest)
-    tables += metric_tables("Results", "", [*values, ("model's channels", channels)], probing)
+    tables += metric_tables(
+        "Results", "", [*values, ("model's channels", cells(channels))], probing
+    )
     if not trained:
         return tables
     title = f"Differences to {control_name}"
     if control and others:
-        note = "Paired: seed s has the same start and the same batches in every run."
-        pairs = [(arm.row, partial(paired, arm, control)) for arm in others]
-        tables += metric_tables(title, note, pairs, groups, sign="+")
+        note = PAIRED.format(control_name)
+        pairs = [(arm.row, partial(difference, arm, control)) for arm in others]
+        tables += metric_tables(title, note, pairs, groups)
         tables.append(task_table(others, control))
     elif others:
         tables.append(Table(title, f"None: {control_name} is missing.", []))
     title = f"Differences to {baseline_name}"
     if baseline:
         note = f"Not paired: {baseline_name} is a single SAE, and the error is that of the run."
-        pairs = [(arm.row, partial(less_baseline, arm)) for arm in trained]
-        tables += metric_tables(title, note, pairs, groups, sign="+")
+        pairs = [(arm.row, cells(partial(less_baseline, arm), "+")) for arm in trained]
+        tables += metric_tables(title, note, pairs, groups)
     elif baseline_key:
         note = f"None: {baseline_name} is of another scale ({baseline_key}) and cannot be compared."
         tables.append(Table(title, note, []))
-    if swapped := [(arm.row, arm.value) for arm in with_readouts(arms)]:
+    if swapped := [(arm.row, cells(arm.value)) for arm in with_readouts(arms)]:
         note = "The same SAEs, probed with another alpha than they were trained to."
         tables += metric_tables("Read-out check", note, swapped, probing)
     return [*tables, online_table(trained)]
@@ -210,7 +232,10 @@ def definitions(groups: dict[str, Metrics]) -> Table:
 
 def as_markdown(table: Table) -> str:
     """Columns are padded, so that it reads well as plain text too."""
-    lines = [[cell.replace("|", r"\|") for cell in line] for line in table.lines]
+    lines = [
+        [f"({cell})" if isinstance(cell, Grey) else cell.replace("|", r"\|") for cell in line]
+        for line in table.lines
+    ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines[1:1] = [["-" * width for width in widths]] if lines else []
     padded = [" | ".join(map(str.ljust, line, widths)) for line in lines]
@@ -227,6 +252,12 @@ LEGEND = (
     "Values are means over seeds ± one standard error (sd with n − 1, over √n); without ± there is "
     "one seed, or the number compares seeds with each other.  A dash is a missing value, never a 0."
 )
+PAIRED = (
+    "Paired: seed s has the same start and the same batches in every run.  Mean over the n seeds "
+    "that both have, its 95% BCa bootstrap interval (from six seeds on; ± is the standard error) "
+    "and the two-sided p of an exact sign flip test.  Grey, or in brackets: less than the sd over "
+    "{}'s own seeds."
+)
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px;
        margin: auto; padding: 1rem }
@@ -237,6 +268,7 @@ figure { margin: 0 } figure img { width: 100% } figcaption { color: #555; font-s
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem }
 th, td { border-bottom: 1px solid #ddd; padding: .2rem .8rem .2rem 0; text-align: left;
          white-space: nowrap; font-variant-numeric: tabular-nums }
+.grey { color: #999 }
 pre { overflow-x: auto; background: #f6f6f6; padding: 1rem }
 """
 
@@ -257,8 +289,10 @@ def tag(name: str, content: str, attributes: str = "") -> str:
 def as_html(table: Table) -> str:
     body = ""
     for i, line in enumerate(table.lines):
-        cells = [tag("td" if i else "th", html.escape(cell)) for cell in line]
-        body += tag("tr", "".join(cells))
+        grey = [' class="grey"' if isinstance(cell, Grey) else "" for cell in line]
+        kind = "td" if i else "th"
+        row = [tag(kind, html.escape(c), look) for c, look in zip(line, grey, strict=True)]
+        body += tag("tr", "".join(row))
     parts = tag("h3", html.escape(table.heading)), tag("p", html.escape(table.note))
     return "".join(parts) + tag("div", tag("table", body), ' class="wide"')
 

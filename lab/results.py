@@ -21,6 +21,17 @@ from lab.scales import Scale
 from lab.seeds import seed_for
 
 
+def title(scale: Scale, layer: int, target_l0: float) -> str:
+    """Of an entry of final_info.json."""
+    alone = len(scale.target_l0s) == 1
+    return f"{scale.name} layer {layer}" + ("" if alone else f", L0 {target_l0:g}")
+
+
+def of_seeds(record: dict, seeds: slice) -> dict:
+    """A line of the training log with the values of some of its SAEs alone."""
+    return {name: v[seeds] if isinstance(v, list) else v for name, v in record.items()}
+
+
 def layer_results(
     scale: Scale,
     records: list[dict],
@@ -29,7 +40,9 @@ def layer_results(
     absorption: list[dict | None],
     decoders: list[torch.Tensor],
 ) -> dict:
-    """final_info.json's entry of one layer, from one value per seed of everything."""
+    """final_info.json's entry of one layer, from one value per seed of everything.
+
+    `scale`: with the one target L0 that the entry is of; `records`: of its seeds alone."""
     per_seed = [
         stability(*([r[name][s] for r in records] for name in ("loss", "mse", "grad_norm")))
         | fidelities[s]._asdict()
@@ -71,7 +84,8 @@ def layer_results(
     for name in ("absorption_full", "absorption_fraction", "probing_top_1"):
         means[f"{name}_sd_over_seeds"] = sd_or_none(values[name])
         stderrs[f"{name}_sd_over_seeds"] = None
-    means |= {"l0_target": scale.target_l0, "training_steps": float(len(records))}
+    (target,) = scale.target_l0s
+    means |= {"l0_target": target, "training_steps": float(len(records))}
     stderrs |= dict.fromkeys(("l0_target", "training_steps"))
     return {
         **shown(means, stderrs),

@@ -1,8 +1,8 @@
 """Runs as they lie on disk: what plot.py compares, read without trusting any of it.
 
 A run that is unfinished, damaged or no result is named and passed over; a log or a configuration
-that is none is named and left out.  Beside the reading stands what needs two runs: differences
-paired by seed.  Needs numpy, and neither torch nor matplotlib.
+that is none is named and left out.  Beside the reading stands which values of two runs belong
+together.  Needs numpy, and neither torch nor matplotlib.
 """
 
 import contextlib
@@ -15,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-READ_OUT = ", read out with alpha = "
+from lab.comparison import Difference, Value, mean_and_error, paired_difference
+
+AT_L0, READ_OUT = ", L0 ", ", read out with alpha = "  # in titles of entries, in this order
 # Two metrics had other names when results/laptop was made; they now agree with absorption_*.
 RENAMED = {
     "online_absorption": "online_absorption_fraction",
@@ -27,16 +29,6 @@ MADE_WITH = ("laboratory", "processor", "device", "probing_texts")
 BETWEEN_SEEDS = ("_over_seeds", "_rank_correlation", "_pw_mcc", "_pw_mcc_null")
 
 Label = str | tuple[str, str]  # a run's; with it the title of the row it was written for
-Value = tuple[float, float]  # mean and standard error, NaN where missing
-
-
-def mean_and_error(values) -> Value | tuple[np.ndarray, np.ndarray]:
-    """Over the last axis, the seeds.  A None makes both NaN; a single seed has no error."""
-    values = np.array(values, dtype=float)
-    n = values.shape[-1]
-    mean = values.mean(-1) if n else np.full(values.shape[:-1], math.nan)
-    error = values.std(-1, ddof=1) / math.sqrt(n) if n > 1 else np.full_like(mean, math.nan)
-    return mean, error
 
 
 @dataclass
@@ -140,6 +132,24 @@ def read_optional(path: Path, otherwise: list | dict) -> list | dict:
         return otherwise
 
 
+def own_records(records: list[dict], key: str, config: dict) -> list[dict]:
+    """The lines of a training log that an entry is of: its layer's, and of a run with several
+    target L0s the values of the seeds trained to its own."""
+    name, _, target = key.partition(AT_L0)
+    found = [r for r in records if name.endswith(f" layer {r['layer']}")]
+    if not target:
+        return found
+    scale = config.get("scale", {})
+    targets = [f"{l0:g}" for l0 in scale.get("target_l0s", ())]
+    if target not in targets:
+        return []
+    first, n = targets.index(target) * scale["n_seeds"], scale["n_seeds"]
+    return [
+        {k: v[first : first + n] if isinstance(v, list) else v for k, v in record.items()}
+        for record in found
+    ]
+
+
 def arms_of(
     folder: Path, runs: dict[str, dict], labels: dict[str, Label], looks: dict[str, dict]
 ) -> dict[str, list[Arm]]:
@@ -155,8 +165,8 @@ def arms_of(
             key, _, alpha = title.partition(READ_OUT)
             entry = {part: {} for part in parts} | info[title]
             if not alpha:
-                layer = [r for r in records if key.endswith(f" layer {r['layer']}")]
-                arms[key] = Arm(name, label, key, entry, look, written_for, layer, config)
+                own = own_records(records, key, config)
+                arms[key] = Arm(name, label, key, entry, look, written_for, own, config)
                 groups.setdefault(key, []).append(arms[key])
             elif key in arms:
                 opened = look | {"markerfacecolor": "white"}
@@ -175,17 +185,12 @@ def find(arms: list[Arm], name: str) -> Arm | None:
     return next((arm for arm in arms if arm.name == name), None)
 
 
-def paired(arm: Arm, other: Arm, metric: str) -> Value:
-    """Seed s of `arm` minus seed s of `other`, over the seeds both have.
-
-    Seed s starts from the same weights and sees the same batches in every run, so what the seeds
-    differ by drops out.
-    """
+def paired(arm: Arm, other: Arm, metric: str) -> Value | Difference:
+    """`arm` less `other`, paired by seed; of what compares seeds with each other, no more than the
+    difference of the two numbers."""
     if metric.endswith(BETWEEN_SEEDS):
         return arm.value(metric)[0] - other.value(metric)[0], math.nan
-    a, b = arm.seeds(metric), other.seeds(metric)
-    n = min(len(a), len(b))
-    return mean_and_error(a[:n] - b[:n])
+    return paired_difference(arm.seeds(metric), other.seeds(metric))
 
 
 def task_differences(arm: Arm, control: Arm) -> dict[str, np.ndarray]:

@@ -231,24 +231,28 @@ def save_saes(
     experiment: str,
     settings: dict,
 ) -> dict[int, dict[str, Path]]:
-    """Every seed's SAE in SAELens' layout, raw weights beside it.
+    """Every seed's SAE in SAELens' layout, raw weights beside it; where there are several target
+    L0s, the folder says which.
 
-    Returns {layer: {name: folder}}, in the order of the seeds; a name ends with the weights' hash,
-    so that nothing of other weights is ever taken for theirs.
+    Returns {layer: {name: folder}}, in the order in which the SAEs are stacked; a name ends with
+    the weights' hash, so that nothing of other weights is ever taken for theirs.
     """
     saved: dict[int, dict[str, Path]] = {}
+    targets = scale.sae_targets
+    several = len(scale.target_l0s) > 1
     for trainer in trainers:
         shared: set[str] = set()
-        if scale.n_seeds > 1 and experiment in _builds:
+        if len(targets) > 1 and experiment in _builds:
             single = _builds[experiment](d_in=lm.d_in, d_sae=scale.d_sae, **settings)
             shared = _shared(trainer.sae, single)
-        for seed, alpha in enumerate(trainer.final_alphas()):
-            target = folder / f"layer_{trainer.layer}_seed_{seed}"
+        for i, (l0, alpha) in enumerate(zip(targets, trainer.final_alphas(), strict=True)):
+            at = f"_l0_{l0:g}" if several else ""
+            target = folder / f"layer_{trainer.layer}{at}_seed_{i % scale.n_seeds}"
             target.mkdir(parents=True, exist_ok=True)
-            raw = of_one_seed(trainer.sae, seed, scale.n_seeds, shared)
+            raw = of_one_seed(trainer.sae, i, len(targets), shared)
             save_tensors(raw, target / "raw.safetensors")
             with trainer.averaged():
-                weights = of_one_seed(trainer.sae, seed, scale.n_seeds, shared)
+                weights = of_one_seed(trainer.sae, i, len(targets), shared)
             save_tensors(weights, target / "sae_weights.safetensors")
             config = {
                 "architecture": ARCHITECTURE,

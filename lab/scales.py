@@ -40,7 +40,8 @@ class Scale:
     heldout_contexts: int = 256  # for fidelity; a sixteenth of them for cross-entropy
     d_sae: int = 2304
     n_seeds: int = 3
-    target_l0: float = 36.0  # where every run ends: arms are compared at matched sparsity
+    # Where every run ends: arms are compared at matched sparsity.  Each seed is trained to each.
+    target_l0s: tuple[float, ...] = (36.0,)
     # How the machine is used
     lm_batch: int = 32  # contexts per forward: enough to feed the cores, and fit their caches
     compiled: bool = False  # the model's blocks, for training: pays from some 20 million tokens on
@@ -83,9 +84,13 @@ class Scale:
             self.context_length >= 2,
             f"context_length={self.context_length} must hold BOS and a token",
         )
+        targets = self.target_l0s
         check(
-            self.target_l0 < self.d_sae,
-            f"target_l0={self.target_l0} must be below d_sae={self.d_sae}",
+            bool(targets)
+            and len(set(targets)) == len(targets)
+            and all(0 < target < self.d_sae for target in targets),
+            f"target_l0s={targets} must name one target or more, each once, above 0 and below "
+            f"d_sae={self.d_sae}",
         )
         for name in ("evaluation_dtype", "training_dtype"):
             value = getattr(self, name)
@@ -106,6 +111,12 @@ class Scale:
     @property
     def total_steps(self) -> int:
         return self.training_tokens // self.batch_tokens
+
+    @property
+    def sae_targets(self) -> tuple[float, ...]:
+        """The target L0 of each SAE of a layer, in the order in which they are stacked: all seeds
+        to the first target, then all seeds to the second."""
+        return tuple(target for target in self.target_l0s for _ in range(self.n_seeds))
 
     def training_settings(self) -> dict:
         """What training depends on.  The packaged text leaves out what probing tasks hold, so there

@@ -1,9 +1,10 @@
 """What a finished run says last on stdout: its means, its differences to the control, its time."""
 
 import json
+import math
 from pathlib import Path
 
-from lab.metrics import mean_or_none, stderr_or_none
+from lab.comparison import Difference, paired_difference, within_noise
 from lab.process import Clock, say
 from lab.runs import MADE_WITH, as_written
 
@@ -19,6 +20,7 @@ COMPARED = (
     "fvu",
     "l0",
 )
+WITHIN = ", less than the sd over the control's own seeds"
 
 
 def print_summary(title: str, results: dict, clock: Clock, config: dict, control: Path) -> None:
@@ -57,12 +59,19 @@ def differences_to(control: Path, results: dict, config: dict) -> list[str]:
     for name, values in entries.items():
         own = results[name]["final_info_dict"]
         for metric in COMPARED:
-            pairs = list(zip(own.get(metric, ()), values.get(metric, ()), strict=False))
-            if pairs and not any(None in pair for pair in pairs):
-                found = [a - b for a, b in pairs]
-                text = _with_error(mean_or_none(found), stderr_or_none(found), "+")
-                lines.append(f"{name}, {metric}: {text} (n = {len(found)})")
+            found = paired_difference(own.get(metric, ()), values.get(metric, ()))
+            if math.isfinite(found.mean):
+                noise = within_noise(found.mean, values[metric])
+                lines.append(f"{name}, {metric}: {_said(found)}{WITHIN if noise else ''}")
     return lines
+
+
+def _said(found: Difference) -> str:
+    """Its mean with all that goes with it; without an interval, the standard error."""
+    text = _with_error(found.mean, found.error if math.isfinite(found.error) else None, "+")
+    if math.isfinite(found.low):
+        text = f"{found.mean:+.4g}, 95% [{found.low:+.3g}, {found.high:+.3g}]"
+    return f"{text} (p = {found.p:.2g}, n = {found.n})"
 
 
 def _with_error(value: float | None, error: float | None, sign: str = "") -> str:

@@ -159,10 +159,10 @@ def simulated_l0(power: float, lag: float, ratio: float = 1.0, steps: int = 800)
     The target tightens from 1152 to 36 in the first 30% of the steps, as it does in training.
     """
     scale = Scale(
-        "plant", "none", "sae-probes", (0,), steps, 1, target_l0=36.0, lanes=1, tasks=("news",)
+        "plant", "none", "sae-probes", (0,), steps, 1, target_l0s=(36.0,), lanes=1, tasks=("news",)
     )
     recipe = experiment.Recipe(initial_l0_fraction=0.5, tightening_fraction=0.3)
-    assert (scale.d_sae, experiment.l0_target_at(scale, recipe, 0.0)) == (2304, 1152)
+    assert (scale.d_sae, experiment.l0_target_at(scale, recipe, 0.0, 36.0)) == (2304, 1152)
     trainer = SimpleNamespace(
         lambda_S=torch.tensor([0.04]),
         smoothed_l0_S=torch.tensor([math.nan]),
@@ -173,7 +173,7 @@ def simulated_l0(power: float, lag: float, ratio: float = 1.0, steps: int = 800)
         goal = math.log(1152) - power * math.log(trainer.lambda_S.item() / 0.04)
         log_l0 = min(log_l0 + (goal - log_l0) / lag, math.log(2304))
         found.append(math.exp(log_l0))
-        target = experiment.l0_target_at(scale, recipe, step / (steps - 1))
+        target = experiment.l0_target_at(scale, recipe, step / (steps - 1), 36.0)
         experiment.Trainer.control_sparsity(
             trainer, torch.tensor([found[-1]]), torch.tensor([target])
         )
@@ -218,7 +218,7 @@ def test_the_controller_sees_l0_times_its_ratio_smoothed_over_steps():
 def trainer_of(run: experiment.Run, **changes) -> experiment.Trainer:
     values = {
         "training_tokens": 20 * 64, "batch_tokens": 64, "d_sae": 32, "n_seeds": 2, "lanes": 4,
-        "target_l0": 4.0, "training_dtype": "float32", "online_every": 3, "k_values": (1,),
+        "target_l0s": (4.0,), "training_dtype": "float32", "online_every": 3, "k_values": (1,),
         "tasks": ("news",),
     }  # fmt: skip
     scale = Scale("tiny", "none", "sae-probes", (1,), **values | changes)

@@ -191,7 +191,7 @@ def test_the_documents_are_made_once_for_all_runs_of_the_same_tasks(tmp_path, mo
 
     monkeypatch.setattr(lab.packaged_text, "training_documents", training_documents)
     scale = Scale("tiny", "none", "sae-probes", (0,), 2048, tasks=("news",))
-    for again in (scale, replace(scale, target_l0=30.0)):
+    for again in (scale, replace(scale, target_l0s=(30.0,))):
         assert packaged_documents(again) == ["zwei", "eins", "dr\u00f6i"]
     assert made == [("news",)]
     for other in ({"tasks": ("code",)}, {"probe_test_set_size": 8}, {"probe_train_set_size": 8}):

@@ -12,7 +12,9 @@ from made_up_runs import (
     HOSTILE,
     LAPTOP,
     UNKNOWN,
+    draw,
     entry,
+    records,
     table,
     usual_entry,
     words,
@@ -31,10 +33,31 @@ from lab.runs import arms_of, found_runs
 def test_differences_to_the_control_are_paired_by_seed(summary):
     # Per seed 0.10, 0.15, 0.05: mean 0.10, sd 0.05; unpaired the error would be larger.
     rows = table(summary, "Differences to run_7: probing")
-    assert rows["run_1 blend 0.1→0.9 + EMA"]["probing top-1 ↑"] == "+0.1000 ± 0.0289"
+    assert rows["run_1 blend 0.1→0.9 + EMA"]["probing top-1 ↑"] == "+0.1000 ± 0.0289, p 0.25, n 3"
     # Seeds that all lie 0.02 higher differ by 0.02 exactly, however far they are apart.
-    assert rows["run_10 learned blend"]["probing top-2 ↑"] == "+0.0200 ± 0.0000"
+    assert rows["run_10 learned blend"]["probing top-2 ↑"] == "+0.0200 ± 0.0000, p 0.25, n 3"
     assert not any(name.startswith("run_7") for name in rows)
+
+
+def test_differences_within_the_controls_own_noise_are_grey_and_others_are_not(tmp_path):
+    """The control's seeds are 0.01 apart, so their sd is 0.01."""
+    for name, level in (("run_7", 0.0), ("run_1", 0.009), ("run_8", -0.011)):
+        write_run(tmp_path, name, {LAPTOP: usual_entry(level)}, records(8))
+    assert draw(tmp_path).returncode == 0
+    rows = table((tmp_path / "summary.md").read_text("utf-8"), "Differences to run_7: fidelity")
+    within, beyond = (
+        rows[row]["FVU ↓"] for row in ("run_1 blend 0.1→0.9 + EMA", "run_8 cosine only")
+    )
+    assert within == "(+0.0090 ± 0.0000, p 0.25, n 3)"
+    assert beyond == "-0.0110 ± 0.0000, p 0.25, n 3"
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert '<td class="grey">+0.0090 ± 0.0000, p 0.25, n 3</td>' in page
+    assert "<td>-0.0110 ± 0.0000, p 0.25, n 3</td>" in page
+    figure = plot.probing(plot.load(tmp_path)[LAPTOP])
+    (band,) = figure.subfigs[2].axes[0].patches
+    assert band.get_extents().transformed(figure.subfigs[2].axes[0].transData.inverted()).x1 == (
+        pytest.approx(0.01)
+    )
 
 
 def test_differences_by_task_are_means_over_seeds_with_their_sd_over_tasks(tmp_path):
@@ -114,7 +137,7 @@ def test_the_steadiness_of_the_mse_which_all_runs_have_in_common_is_a_column(sum
     row = table(summary, "Results: stability")["run_7 control: vanilla ReLU"]
     assert row["mse roughness ↓"] == "0.2100 ± 0.0058"
     row = table(summary, "Differences to run_7: stability")["run_10 learned blend"]
-    assert row["mse roughness ↓"] == "+0.0200 ± 0.0000"
+    assert row["mse roughness ↓"] == "+0.0200 ± 0.0000, p 0.25, n 3"
     assert (
         "sd of log raw mse" in table(summary, "Metrics")["stability: mse roughness"]["what it is"]
     )
@@ -156,6 +179,13 @@ def test_the_recipe_of_a_new_run_is_compared_with_the_scale_of_an_old_one(tmp_pa
     tuned = {"scale": {"d_sae": 64}, "recipe": {"gate_init": 0.3, "learning_rate": 0.1}}
     note = notes_of(tmp_path, run_1=old, run_2=new, run_3=tuned)
     assert note == "NOT COMPARABLE: run_3 ran with another gate_init than run_1."
+
+
+def test_the_one_target_of_an_old_run_is_compared_with_the_targets_of_a_new_one(tmp_path):
+    configs = {"run_1": {"target_l0": 36.0}, "run_2": {"target_l0s": [36.0]}}
+    configs["run_3"] = {"target_l0s": [18.0, 36.0]}
+    note = notes_of(tmp_path, **{name: {"scale": scale} for name, scale in configs.items()})
+    assert note == "NOT COMPARABLE: run_3 ran with another target_l0s than run_1."
 
 
 def test_a_label_whose_run_another_row_made_is_said(summary, tmp_path):

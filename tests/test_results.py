@@ -108,7 +108,7 @@ def test_a_layers_results_say_what_it_was_trained_to():
     found = layer_results(**made_up())
     assert (found["means"]["l0_target"], found["means"]["training_steps"]) == (36.0, 100.0)
     assert (found["stderrs"]["l0_target"], found["stderrs"]["training_steps"]) == (None, None)
-    other = made_up() | {"scale": replace(scale(3), target_l0=20.0)}
+    other = made_up() | {"scale": replace(scale(3), target_l0s=(20.0,))}
     assert layer_results(**other)["means"]["l0_target"] == 20.0
 
 

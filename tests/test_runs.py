@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from made_up_runs import LAPTOP, ROOT, entry, records, usual_entry, write_run
 
-from lab.runs import arms_of, found_runs, mean_and_error
+from lab.comparison import mean_and_error
+from lab.runs import arms_of, found_runs
 
 STUDY = ROOT / "results" / "laptop"
 

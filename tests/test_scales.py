@@ -27,7 +27,7 @@ MAY_BE_ZERO = {"evaluation_seed", "checkpoint_seconds"}
 
 def test_the_numbers_of_a_scale_are_all_found():
     assert len(NUMBERS) >= 16, "the tests below cover only these"
-    assert {"training_tokens", "absorption_words", "target_l0", "online_every"} < set(NUMBERS)
+    assert {"training_tokens", "absorption_words", "online_every"} < set(NUMBERS)
     assert {"lanes", "checkpoint_seconds"} < set(NUMBERS)
 
 
@@ -74,8 +74,12 @@ def test_a_number_of_things_that_is_no_whole_number_is_refused_by_name(name, val
         ("text='openwebtext' must be", {"text": "openwebtext"}),
         ("text='a/b@main@' must be", {"text": "a/b@main@"}),
         ("context_length", {"context_length": 1}),
-        ("target_l0", {"target_l0": 64.0}),
-        ("target_l0", {"target_l0": 100.0}),
+        ("target_l0s=(64.0,) must", {"target_l0s": (64.0,)}),
+        ("target_l0s", {"target_l0s": (4.0, 100.0)}),
+        ("target_l0s=() must name one", {"target_l0s": ()}),
+        ("target_l0s", {"target_l0s": (4.0, 4.0)}),
+        ("target_l0s", {"target_l0s": (0.0,)}),
+        ("target_l0s", {"target_l0s": (math.nan,)}),
         ("d_sae", {"d_sae": 4}),
         ("evaluation_dtype", {"evaluation_dtype": "float16"}),
     ],

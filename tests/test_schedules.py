@@ -114,7 +114,9 @@ def test_every_run_of_the_plan_goes_with_the_recipe_of_every_scale(name):
 
 
 def l0_target(progress: float, **changes) -> float:
-    return experiment.l0_target_at(hundred_steps(), recipe_of_hundred_steps(**changes), progress)
+    return experiment.l0_target_at(
+        hundred_steps(), recipe_of_hundred_steps(**changes), progress, 4.0
+    )
 
 
 def factor(step: int, **changes) -> float:
@@ -239,9 +241,9 @@ def test_a_target_that_is_not_below_what_fires_at_the_start_is_refused(target_l0
     recipe = recipe_of_hundred_steps(initial_l0_fraction=0.5)  # 32 of 64
     monkeypatch.setitem(experiment.RECIPES, "tiny", recipe)
     run = experiment.RUNS["run_1"]
-    with pytest.raises(ExperimentError, match=rf"target_l0={target_l0:g} .*= 32$"):
-        experiment.chosen_recipe(hundred_steps(target_l0=target_l0), run)
-    assert experiment.chosen_recipe(hundred_steps(target_l0=31.0), run) is recipe
+    with pytest.raises(ExperimentError, match=rf"target_l0s: {target_l0:g} .*= 32$"):
+        experiment.chosen_recipe(hundred_steps(target_l0s=(4.0, target_l0)), run)
+    assert experiment.chosen_recipe(hundred_steps(target_l0s=(31.0,)), run) is recipe
 
 
 def test_a_scale_without_a_recipe_is_refused_by_its_name():

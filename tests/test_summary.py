@@ -40,11 +40,27 @@ def made(folder: Path, results: dict, config: dict) -> Path:
     return folder
 
 
-def test_differences_are_paired_by_seed_with_their_standard_error_and_n(control):
+def test_differences_are_paired_by_seed_with_their_standard_error_p_and_n(control):
     found = differences_to(control, {"tiny layer 1": entry([0.2, 0.3, 0.5])}, CONFIG)
-    # .1, .1, .2: mean .13333, sd .057735, over sqrt 3 .033333
+    # .1, .1, .2: mean .13333, sd .057735, over sqrt 3 .033333; 2 of 8 flips are as far from 0.
+    # The control's own seeds have an sd of .1.
     assert found == ["differences to run_7, paired by seed:",
-                     "tiny layer 1, fvu: +0.1333 +- 0.033 (n = 3)"]  # fmt: skip
+                     "tiny layer 1, fvu: +0.1333 +- 0.033 (p = 0.25, n = 3)"]  # fmt: skip
+
+
+def test_a_difference_below_the_controls_own_noise_says_so(control):
+    (_, found) = differences_to(control, {"tiny layer 1": entry([0.15, 0.25, 0.4])}, CONFIG)
+    assert found == (
+        "tiny layer 1, fvu: +0.06667 +- 0.017 (p = 0.25, n = 3), "
+        "less than the sd over the control's own seeds"
+    )
+
+
+def test_six_seeds_have_an_interval_in_the_place_of_the_error(tmp_path):
+    theirs, ours = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    control = made(tmp_path / "run_7", {"tiny layer 1": entry(theirs)}, CONFIG)
+    (_, found) = differences_to(control, {"tiny layer 1": entry(ours)}, CONFIG)
+    assert found.startswith("tiny layer 1, fvu: +0.1, 95% [+0.1, +0.1] (p = 0.031, n = 6)")
 
 
 def test_a_missing_value_has_no_difference(control):

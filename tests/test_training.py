@@ -33,7 +33,7 @@ from lab.training_log import TrainingLog, settled
 D_IN = 8
 SCALE = Scale(
     "tiny", "none", "sae-probes", (1, 12), training_tokens=14 * 32 + 5, batch_tokens=32,
-    context_length=9, heldout_contexts=4, d_sae=24, n_seeds=2, target_l0=4.0, lm_batch=5,
+    context_length=9, heldout_contexts=4, d_sae=24, n_seeds=2, target_l0s=(4.0,), lm_batch=5,
     block_contexts=16, lanes=4, checkpoint_seconds=3600, training_dtype="float32", online_every=3,
     online_words=30, k_values=(1,), tasks=("news",),
 )  # fmt: skip

@@ -139,7 +139,7 @@ SMALL = {  # any scale, shrunk to a few batches of a tiny model
     "context_length": 32,
     "heldout_contexts": 16,
     "d_sae": 96,
-    "target_l0": 8.0,
+    "target_l0s": (8.0,),
     "block_contexts": 64,
     "lanes": 4,
     "probe_train_set_size": 40,
@@ -178,7 +178,7 @@ def hundred_steps(**changes) -> Scale:
         "batch_tokens": 10,
         "d_sae": 64,
         "n_seeds": 2,
-        "target_l0": 4.0,
+        "target_l0s": (4.0,),
         "lanes": 2,
         "tasks": ("news",),
         "k_values": (1, 2),
@@ -384,7 +384,7 @@ def trained(model: Path, folder: Path) -> SimpleNamespace:
     # Alphas strictly inside (0, 1) and a long average: nothing of the export is trivial.
     run = experiment.Run("for these tests", alpha_start=0.1, alpha_end=0.6, ema=True)
     # Loose enough for latents to share a letter between them: absorption has something to find.
-    scale = tiny_scale(model, training_tokens=60 * 256, target_l0=32.0)
+    scale = tiny_scale(model, training_tokens=60 * 256, target_l0s=(32.0,))
     recipe = replace(RECIPE, ema_horizon_fraction=0.3)
     with mock.patch.dict(os.environ, COSINE_SAE_CACHE=str(folder / "cache")), signals() as stop:
         lm = load_language_model(scale)
