@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,10 @@ import tiny
 import torch
 from hub import make_gemma
 
-from lab.scales import Scale
+import experiment
+from lab.activations import Block, Position, calibrate, shuffled_batches
+from lab.devices import Ranks
+from lab.scales import SCALES, Scale
 from lab.storage import save_tensors
 
 TESTS = Path(__file__).resolve().parent
@@ -29,11 +33,12 @@ gpu = pretend_cuda.pretend_for_good()
 """
 
 
-def started(code: str, **environment: str) -> subprocess.Popen:
+def started(code: str, cwd: Path | None = None, **environment: str) -> subprocess.Popen:
     """Python code in a process of its own, with these tests' modules in reach."""
     paths = [str(tiny.ROOT), str(TESTS)]
     return subprocess.Popen(
         [sys.executable, "-c", f"import sys; sys.path[:0] = {paths}\n{code}"],
+        cwd=cwd,
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -349,3 +354,120 @@ def test_training_on_the_gpu_is_that_on_the_cpu_also_when_it_is_stopped(run, all
     assert on_gpu == on_cpu
     config = json.loads((all_trained["gpu"] / run / "config.json").read_text())
     assert config["device"] == "pretend GPU"
+
+
+# ── What a training step waits for ───────────────────────────────────────────────────────────────
+
+
+def waits_of_training(gpu) -> dict[str, dict[str, int]]:
+    """{what: {kind: waits}} of an ordinary step of every kind of arm, between two measurements, and
+    of the batch that it is made on."""
+    rows = torch.randn(512, 1, 16, device="cuda").bfloat16()
+    units = calibrate(rows[:, 0])
+    scale = replace(SCALES["gemma-2-2b"], **tiny.SMALL | {"d_sae": 48, "n_seeds": 2})
+    found = {}
+    for name in KINDS:
+        run = experiment.RUNS[name]
+        trainer = experiment.Trainer(scale, tiny.RECIPE, run, 5, units, Ranks())
+        assert trainer.device.type == "cuda"
+        trainer.step(rows[:, 0])  # with which the average begins
+        gpu.waits.clear()
+        trainer.step(rows[:, 0])
+        found[name] = dict(gpu.waits)
+    block = Block(tiny.fresh((0, 1, 2, 3)), rows, [128] * 4)
+    batches = shuffled_batches(scale, [block], Ranks(), Position(0, 0, {}))
+    next(batches)
+    gpu.waits.clear()
+    next(batches)
+    return found | {"batch": dict(gpu.waits)}
+
+
+def test_an_ordinary_step_waits_for_nothing_but_what_is_listed_here():
+    """Lists that become tensors of the GPU: alpha's of a blend, the L0 targets, the average's
+    decays.  A batch's rows are chosen by numbers of the CPU."""
+    assert alone(waits_of_training) == {
+        "run_1": {"from the CPU": 3},
+        "run_2": {"from the CPU": 3},
+        "run_7": {"from the CPU": 1},
+        "run_8": {"from the CPU": 2},
+        "run_10": {"from the CPU": 2},
+        "batch": {"from the CPU": 1},
+    }
+
+
+# ── Would it notice? ─────────────────────────────────────────────────────────────────────────────
+
+# Runs the program once for each change to its source, in a fork of a process that has imported all
+# that the program does, so that only the program is read anew.
+CHANGED = """
+import contextlib, importlib.util, io, json, os, sys, traceback
+from pathlib import Path
+import sae_bench.evals.absorption.main, sae_bench.evals.sparse_probing.main, sae_lens, transformers
+import pretend_cuda
+
+def run_changed(file, old, new):
+    gpu = pretend_cuda.pretend_for_good()
+    import lab
+    path = Path({root!r}) / file
+    source = path.read_text(encoding="utf-8")
+    assert source.count(old) == 1, (file, old)
+    name = file.removesuffix(".py").replace("/", ".")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    exec(compile(source.replace(old, new), path, "exec"), module.__dict__)
+    if name != "experiment":
+        setattr(lab, path.stem, module)
+    import experiment, lab.scales, lab.storage
+    lab.evaluation.probing_artifacts = lambda *_: lab.storage.cache_root()
+    values = {{k: tuple(v) if isinstance(v, list) else v for k, v in {scale!r}.items()}}
+    lab.scales.SCALES[values["name"]] = lab.scales.Scale(**values)
+    experiment.RECIPES[values["name"]] = experiment.Recipe(**{recipe!r})
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as told:
+            status = experiment.main(["--out_dir=run_7"])
+        return told.getvalue() if status else "nothing was noticed"
+    except RuntimeError as error:
+        return str(error)
+
+for number, change in enumerate({changes!r}):
+    if not (child := os.fork()):
+        folder = Path(str(number))
+        folder.mkdir()
+        os.chdir(folder)
+        try:
+            Path("found").write_text(run_changed(*change))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+def outcomes(
+    changes: list[tuple[str, str, str]], scale: Scale, cache: Path, cwd: Path
+) -> list[str]:
+    """The error that the program ends with after each change: (file, old, new)."""
+    values = {"scale": asdict(scale), "recipe": asdict(tiny.RECIPE), "root": str(tiny.ROOT)}
+    environment = {"COSINE_SAE_CACHE": str(cache), "EXPERIMENT_SCALE": scale.name}
+    done = tiny.ended(started(CHANGED.format(changes=changes, **values), cwd, **environment))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = []
+    for number in range(len(changes)):
+        path = cwd / str(number) / "found"
+        assert path.exists(), done.stderr[-3000:]
+        found.append(path.read_text(encoding="utf-8"))
+    return found
+
+
+REMOVED = [
+    ("lab/language_model.py", "base_model(tokens_BL.to(self.device)", "base_model(tokens_BL"),
+    ("experiment.py", "recipe.initial_lambda, device=self.device)", "recipe.initial_lambda)"),
+    ("lab/fidelity.py", "~lm.is_special(contexts_NL).to(lm.device)", "~lm.is_special(contexts_NL)"),
+]
+
+
+def test_a_tensor_that_stays_behind_is_noticed(scale, cache, tmp_path):
+    """In the model's pass, in the trainer, in the evaluation: each with its move taken out."""
+    for error in outcomes(REMOVED, scale, cache, tmp_path):
+        assert "Expected all tensors to be on the same device" in error
