@@ -49,10 +49,14 @@ def calibrate(residuals_ND: torch.Tensor, ranks: Ranks, times_median: float = 3.
     """
     norms_N = finite_norms(residuals_ND)
     limit = times_median * ranks.joined(norms_N).median().item()
-    kept_ND = residuals_ND[norms_N <= limit].float()
-    n_kept, n_all = (sum(ranks.gathered(len(rows))) for rows in (kept_ND, norms_N))
-    mean = ranks.total_(kept_ND.sum(0)) / n_kept
-    distances = kept_ND.sub_(mean).norm(dim=-1)
+    kept = (norms_N <= limit).nonzero()[:, 0]
+    n_kept, n_all = (sum(ranks.gathered(len(rows))) for rows in (kept, norms_N))
+    # Some columns, then some rows at a time: see finite_norms().  (64: with fewer, a CPU adds up in
+    # another order.)
+    sums = [columns[kept].float().sum(0) for columns in residuals_ND.split(64, dim=1)]
+    mean = ranks.total_(torch.cat(sums)) / n_kept
+    rows = (residuals_ND[some].float() for some in kept.split(4096))
+    distances = torch.cat([(some - mean).norm(dim=-1) for some in rows])
     spread = (ranks.total_(distances.square().sum()) / n_kept).sqrt().item()
     require(
         spread > 1e-6 * limit,

@@ -17,6 +17,7 @@ from lab.storage import cache_root
 from lab.training_log import check_wandb
 
 GB = 1e9
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def preflight(scale: Scale, out_dir: Path) -> None:
@@ -182,11 +183,29 @@ def not_enough_room(scale: Scale, out_dir: Path, model: ModelNeeds) -> Iterator[
         if free < needed:
             yield f"free disk space at {found[0][0]}: {free:.1f} GB of the {needed:.1f} GB needed"
     if torch.cuda.is_available():
-        block = scale.block_contexts * scale.context_length * layers * model.d_in * 2
-        # Once in bfloat16, and again in the dtype of the scores where that is another.
-        weights = model.parameters * (2 if scale.evaluation_dtype == "bfloat16" else 2 + 4)
-        logits = 8 * scale.context_length * model.vocabulary * (2 + 4 + 4)
-        needed = (weights + logits + 5 * sae_bytes + 2 * block) / GB
+        needed = gpu_needs(scale, model)
         free = torch.cuda.mem_get_info(training_device())[0] / GB
-        if free < needed:
-            yield f"free GPU memory: {free:.1f} GB of about {needed:.1f} GB needed are free"
+        if free < sum(needed.values()) / GB:
+            parts = ", ".join(f"{what} {size / GB:.1f}" for what, size in needed.items())
+            yield (
+                f"free GPU memory: {free:.1f} GB of about {sum(needed.values()) / GB:.1f} GB "
+                f"needed are free ({parts})"
+            )
+
+
+def gpu_needs(scale: Scale, model: ModelNeeds) -> dict[str, float]:
+    """Bytes of GPU memory at the most, by what takes them (tests/test_gpu_memory.py counts)."""
+    layers, saes = len(scale.layers), len(scale.sae_targets)
+    one_layer = saes * 2 * model.d_in * scale.d_sae * 4
+    latents = saes * scale.batch_tokens * scale.d_sae * DTYPE_BYTES[scale.training_dtype]
+    block = scale.block_contexts * scale.context_length * layers * model.d_in * 2
+    training = 1.1 * block + 6 * latents
+    scored = 8 * scale.context_length * model.vocabulary * (2 + 4 + 4)  # logits
+    return {
+        # Read once in bfloat16, and again in the dtype of the scores where that is another.
+        "language model": model.parameters
+        * (2 if scale.evaluation_dtype == "bfloat16" else 2 + DTYPE_BYTES[scale.evaluation_dtype]),
+        # Weights, gradients, two moments, average; of the layer that steps what it is computed by.
+        "SAEs": (5 * layers + 2) * one_layer,
+        "training or cross-entropy": max(training, scored),
+    }
