@@ -7,7 +7,7 @@ import torch
 from lab.bench import evaluation_key, sae_bench
 from lab.language_model import LanguageModel
 from lab.process import require, say
-from lab.quick_probes import F1_JUMP
+from lab.quick_k_sparse import F1_JUMP
 from lab.saved_sae import load_sae
 from lab.scales import Scale
 from lab.seeds import seed_everything

@@ -6,7 +6,7 @@ import random
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from string import ascii_lowercase
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from lab import quick_probes
+from lab import quick_absorption, quick_k_sparse, quick_probing
 from lab.hub import copy_of, files_in, missing_files, unreachable
 from lab.language_model import LanguageModel
 from lab.packaged_text import TASKS, task_of_pairs
@@ -51,7 +51,7 @@ def as_hooked_transformer(lm: LanguageModel, dtype: torch.dtype, remember: bool 
             return lm.tokenizer(texts, return_tensors="pt", padding=True).input_ids
 
         def run_with_cache(self, prompts, names_filter=None, **_):
-            tokens = self.to_tokens(prompts)
+            tokens = prompts if isinstance(prompts, torch.Tensor) else self.to_tokens(prompts)
 
             def activations() -> dict[str, torch.Tensor]:
                 found = lm.residuals(tokens[:, :-unread])
@@ -207,14 +207,23 @@ def sae_bench(
             ),
         )
         faster = (
-            quick_probes.train_k_sparse_probes,
-            quick_probes.eval_probe_and_sae_k_sparse_raw_scores,
-            quick_probes.sae_k_sparse_metadata,
-            quick_probes.build_metrics_df,
+            quick_k_sparse.train_k_sparse_probes,
+            quick_k_sparse.eval_probe_and_sae_k_sparse_raw_scores,
+            quick_k_sparse.sae_k_sparse_metadata,
+            quick_k_sparse.build_metrics_df,
         )
         substitute(k_sparse_probing, **{made.__name__: made for made in faster})
-        substitute(absorption_probing, DataLoader=quick_probes.in_whole_batches)
-        substitute(probe_training, train_probe_gpu=quick_probes.train_probe_gpu)
+        # The same words for every SAE of a layer.
+        once = cache(common.load_probe_data_split_or_train)
+        substitute(k_sparse_probing, load_probe_data_split_or_train=once)
+        words_of_layer = quick_absorption.AbsorptionOfWords()
+        substitute(
+            feature_absorption,
+            calculate_projection_and_cos_sims=words_of_layer.calculate_projection_and_cos_sims,
+        )
+        substitute(common, _parse_probe_data_split=quick_absorption._parse_probe_data_split)
+        substitute(absorption_probing, DataLoader=quick_k_sparse.in_whole_batches)
+        substitute(probe_training, train_probe_gpu=quick_probing.train_probe_gpu)
         for module in (common, feature_absorption):
             substitute(module, get_alpha_tokens=lambda *_, **__: list(words))
         substitute(

@@ -5,6 +5,7 @@ from safetensors.torch import load_file
 
 from lab.absorption import first_letter_probes
 from lab.language_model import LanguageModel
+from lab.quick_absorption import fraction_and_full
 from lab.saved_sae import decoder_rows
 from lab.scales import Scale
 
@@ -29,17 +30,10 @@ def absorption_scores(
     main_N = (part_NF * main_NF).sum(-1)
     others_NF = part_NF.masked_fill(main_NF | (cos_NF < 0.1), 0).clamp_min(0)
     absorbed_N = others_NF.topk(min(3, others_NF.shape[-1]), dim=-1).values.sum(-1)
-    missing_N = torch.minimum(absorbed_N, projection_N - main_N)
-    fraction_N = (missing_N / (missing_N + main_N)).clamp(0, 1)
-    fraction_N = torch.where(main_N <= 0, torch.ones_like(main_N), fraction_N)
-    not_absorbed_N = (main_N >= projection_N) | (absorbed_N / projection_N < 0.4)
-    fraction_N = fraction_N.masked_fill(not_absorbed_N, 0)
-
     top_N, index_N = part_NF.max(-1)
     aligned_N = cos_NF.gather(-1, index_N[..., None])[..., 0] >= 0.025
     silent_N = ~((acts_NF >= 1e-8) & main_NF).any(-1)
-    full_N = silent_N & aligned_N & (projection_N >= 0) & (top_N / projection_N >= 0.4)
-    return fraction_N, full_N
+    return fraction_and_full(main_N, absorbed_N, top_N, aligned_N, silent_N, projection_N)
 
 
 class OnlineAbsorption:

@@ -1,0 +1,149 @@
+"""What stands for SAE-Bench's absorption finds what its own finds, word by word; and a whole
+evaluation with all that is quicker is SAE-Bench's own."""
+
+from types import SimpleNamespace
+
+import pandas
+import pytest
+import torch
+from tiny import scores
+
+from lab import quick_absorption, quick_k_sparse, quick_probing
+from lab.results import without_times
+
+
+def prompted(words: dict[str, list[str]]) -> tuple[SimpleNamespace, list]:
+    """A calculator whose model gives each word a residual of its own, and the batches it reads."""
+    from sae_bench.evals.absorption.feature_absorption_calculator import FeatureAbsorptionCalculator
+
+    every = [word for of_letter in words.values() for word in of_letter]
+    g = torch.Generator().manual_seed(0)
+    residuals, batches = torch.randn(len(every), 64, generator=g) * 3, []
+
+    class Model:
+        """Prompts are one token, the number of their word."""
+
+        class tokenizer:
+            def __new__(cls, prompts: list[str]):
+                numbers = [[every.index(p.split("\n")[-1].split(":")[0])] for p in prompts]
+                return SimpleNamespace(input_ids=numbers)
+
+        def to_tokens(self, prompts):
+            prompts = [prompts] if isinstance(prompts, str) else prompts
+            return torch.tensor(self.tokenizer(prompts).input_ids)
+
+        def run_with_cache(self, prompts, names_filter):
+            tokens = prompts if isinstance(prompts, torch.Tensor) else self.to_tokens(prompts)
+            batches.append(tokens[:, 0].tolist())
+            return None, {names_filter[0]: residuals[tokens]}
+
+    calculator = FeatureAbsorptionCalculator(
+        Model(), icl_word_list=[f"word{i}" for i in range(30)], max_icl_examples=2,
+        word_token_pos=-1, batch_size=7,
+    )  # fmt: skip
+    return calculator, batches
+
+
+@pytest.fixture
+def letters():
+    """(two SAEs, a probe of three letters, their words, and SAE-Bench's statistics of those)."""
+    from sae_bench.evals.absorption.feature_absorption import StatsAndLikelyFalseNegativeResults
+    from sae_bench.evals.absorption.probing import LinearProbe
+
+    torch.manual_seed(0)
+    W_dec = torch.nn.functional.normalize(torch.randn(90, 64), dim=-1)
+    saes = [
+        SimpleNamespace(W_dec=W_dec, device="cpu", encode=lambda x, t=t: (x @ W_dec.T - t).relu())
+        for t in (0.0, 3.0)
+    ]
+    probe = LinearProbe(64, 26)
+    probe.weights.data[:3] = W_dec[[5, 20, 40]] + 0.3 * W_dec[[6, 7, 8]]
+    mains = {"a": [6], "b": [20], "c": [40, 1, 2, 3, 4, 60]}  # six are summed in another order
+    sizes = {"a": 33, "b": 0, "c": 40}
+    words = {letter: [f"{letter}{i}" for i in range(n)] for letter, n in sizes.items()}
+    stats = {
+        letter: StatsAndLikelyFalseNegativeResults(99, 7, mains[letter], words[letter])
+        for letter in words
+    }
+    return saes, probe, words, stats
+
+
+def test_absorption_of_words_is_sae_benchs_own_to_the_bit_and_prompts_are_read_once(letters):
+    from sae_bench.evals.absorption.feature_absorption import calculate_projection_and_cos_sims
+
+    saes, probe, words, stats = letters
+    ours, read = quick_absorption.AbsorptionOfWords(), None
+    for sae in saes:
+        (calculator, batches), (for_us, for_ours) = prompted(words), prompted(words)
+        expected = calculate_projection_and_cos_sims(calculator, sae, probe, 1, stats)
+        found = ours.calculate_projection_and_cos_sims(for_us, sae, probe, 1, stats)
+        for name in found:
+            assert found[name].tolist() == expected[name].tolist(), name
+        assert {"letter", "split_feats", "num_probe_true_positives"} <= {*found}
+        assert found["absorption_fraction"].between(0.01, 0.99).any()
+        assert 0 < found["is_full_absorption"].sum() < len(found)
+        assert for_ours == (batches if read is None else []), "by the first SAE alone"
+        read = for_ours
+    other = {letter: words[letter][1:] for letter in words}
+    for letter in stats:
+        stats[letter].potential_false_negatives = other[letter]
+    calculator, batches = prompted(words)
+    ours.calculate_projection_and_cos_sims(calculator, saes[0], probe, 1, stats)
+    assert batches, "other words"
+
+
+def test_prompts_of_unequal_length_are_refused_as_sae_bench_does(letters):
+    saes, probe, words, stats = letters
+    calculator, _ = prompted(words)
+    calculator.model.tokenizer = lambda prompts: SimpleNamespace(
+        input_ids=[[1] * (1 + i % 2) for i, _ in enumerate(prompts)]
+    )
+    with pytest.raises(ValueError, match="must have the same token length"):
+        quick_absorption.AbsorptionOfWords().calculate_projection_and_cos_sims(
+            calculator, saes[0], probe, 1, stats
+        )
+
+
+def test_words_and_their_letters_are_parsed_as_sae_bench_does(trained):
+    from sae_bench.evals.absorption import common
+
+    tokens = [" cat", "<0x6A>", "dog", "7up", float("nan"), "Über"]
+    arguments = (
+        trained.lm.tokenizer,
+        torch.randn(6, 4),
+        list(range(6)),
+        pandas.DataFrame({"token": tokens}),
+    )
+    expected = common._parse_probe_data_split(*arguments)
+    found = quick_absorption._parse_probe_data_split(*arguments)
+    assert torch.equal(found[0], expected[0])
+    assert found[1] == expected[1]
+    assert [letter for _, letter in found[1]] == [0, 2, 5]
+
+
+def test_whole_evaluations_are_sae_benchs_own_to_the_last_digit(
+    evaluated, trained, tmp_path, monkeypatch
+):
+    """With its own functions put back, from the same texts and first-letter probes."""
+    from sae_bench.evals.absorption import common, feature_absorption, k_sparse_probing
+    from sae_bench.evals.sparse_probing import probe_training
+    from torch.utils.data import DataLoader
+
+    monkeypatch.setenv("COSINE_SAE_CACHE", str(evaluated.cache))
+    own = {
+        name: getattr(k_sparse_probing, name)
+        for name in ("train_k_sparse_probes", "eval_probe_and_sae_k_sparse_raw_scores",
+                     "sae_k_sparse_metadata", "build_metrics_df")
+    }  # fmt: skip
+    for name, function in own.items():
+        monkeypatch.setattr(quick_k_sparse, name, function)
+    monkeypatch.setattr(quick_k_sparse, "in_whole_batches", DataLoader)
+    monkeypatch.setattr(quick_absorption, "_parse_probe_data_split", common._parse_probe_data_split)
+    words = feature_absorption.calculate_projection_and_cos_sims
+    stock = SimpleNamespace(calculate_projection_and_cos_sims=words)
+    monkeypatch.setattr(quick_absorption, "AbsorptionOfWords", lambda: stock)
+    monkeypatch.setattr(quick_probing, "train_probe_gpu", probe_training.train_probe_gpu)
+    name, folder = next(iter(trained.saved.items()))
+    (found,) = scores(trained, {name: folder}, tmp_path / "theirs")
+    for theirs, ours in zip(found, evaluated.scores[0], strict=True):
+        assert without_times(theirs) == without_times(ours)
