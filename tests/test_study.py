@@ -1,8 +1,7 @@
 """The committed study is the program's own: same configuration, complete, at matched sparsity.
 
-It was made when the recipe still stood in the scale, and before some metrics had their names of
-today: RENAMED says which, and everything else must be what it is now.  The scale had one target
-L0 and so a number for it, where it is now a list of one, and no model could be compiled.
+It was made when the scale had one target L0 and so a number for it, where it is now a list of one,
+and before a model could be compiled; everything else must be what it is now.
 """
 
 import json
@@ -16,7 +15,7 @@ import experiment
 from lab.folders import differences
 from lab.results import layer_results
 from lab.scales import SCALES
-from lab.storage import disjoint, json_text
+from lab.storage import json_text
 
 STUDY = Path(experiment.__file__).parent / "results" / "laptop"
 SCALE, RECIPE = SCALES["laptop"], experiment.RECIPES["laptop"]
@@ -34,19 +33,13 @@ MAIN_METRICS = (
     "online_absorption_fraction",
     "online_absorption_full",
     "decoder_pw_mcc",
+    "mse_roughness",
 )
-RENAMED = {  # now: then
-    "online_absorption_fraction": "online_absorption",
-    "online_absorption_full": "online_full_absorption",
-}
 
 
-def test_the_metrics_of_the_study_are_those_that_runs_have_now_but_for_their_names():
-    """What is new since is named here, so that nothing is missing by accident."""
-    since = {"mse_roughness", "l0_target", "training_steps"}
-    now = {RENAMED.get(name, name) for name in set(metrics_of_a_run()) - since}
+def test_the_metrics_of_the_study_are_those_that_runs_have_now():
     for run in experiment.RUNS:
-        assert set(results_of(run)[ENTRY]["means"]) == now, run
+        assert set(results_of(run)[ENTRY]["means"]) == set(metrics_of_a_run()), run
 
 
 def metrics_of_a_run() -> dict:
@@ -68,15 +61,14 @@ def results_of(run: str) -> dict:
 @pytest.mark.parametrize("run", experiment.RUNS)
 def test_the_committed_numbers_came_from_the_committed_configuration(run):
     config = json.loads((STUDY / run / "config.json").read_text(encoding="utf-8"))
-    recipe = asdict(RECIPE)
-    recipe["initial_l0"] = recipe.pop("initial_l0_fraction") * SCALE.d_sae
     scale = asdict(SCALE)
     (scale["target_l0"],) = scale.pop("target_l0s")
     assert scale.pop("compiled") is False, "and nothing was"
     identity = {
         "run_name": run,
         "run": asdict(experiment.RUNS[run]),
-        "scale": disjoint(scale, recipe),
+        "recipe": asdict(RECIPE),
+        "scale": scale,
     }
     now = json.loads(json_text(identity))
     assert differences({name: config[name] for name in now}, now) == []
@@ -85,7 +77,7 @@ def test_the_committed_numbers_came_from_the_committed_configuration(run):
 @pytest.mark.parametrize("run", experiment.RUNS)
 def test_no_main_metric_of_the_study_is_missing(run):
     entry = results_of(run)[ENTRY]
-    for metric in (RENAMED.get(name, name) for name in MAIN_METRICS):
+    for metric in MAIN_METRICS:
         assert entry["means"][metric] is not None, metric
         # PW-MCC compares pairs of seeds, which share them: their spread is no standard error.
         assert (entry["stderrs"][metric] is None) == (metric == "decoder_pw_mcc"), metric
