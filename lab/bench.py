@@ -223,7 +223,14 @@ def sae_bench(
         )
         substitute(common, _parse_probe_data_split=quick_absorption._parse_probe_data_split)
         substitute(absorption_probing, DataLoader=quick_k_sparse.in_whole_batches)
-        substitute(probe_training, train_probe_gpu=quick_probing.train_probe_gpu)
+        k_sparse = partial(
+            quick_probing.train_probe_on_activations, probe_training.train_probe_on_activations
+        )
+        substitute(
+            probe_training,
+            train_probe_gpu=quick_probing.train_probe_gpu,
+            train_probe_on_activations=k_sparse,
+        )
         for module in (common, feature_absorption):
             substitute(module, get_alpha_tokens=lambda *_, **__: list(words))
         substitute(
