@@ -25,7 +25,9 @@ def first_letter_probes(scale: Scale, lm: LanguageModel, layer: int) -> Path:
         config = AbsorptionEvalConfig(model_name=lm.name)
         say(f"training SAE-Bench's first-letter probes at layer {layer} (once)")
         with sae_bench(scale, lm) as bench:
-            seed_everything("evaluation", scale.evaluation_seed, "first-letter probes", layer)
+            # The same prompts at every layer: the language model reads them once for all.
+            seed = scale.evaluation_seed, "first-letter probes", scale.layers[0]
+            seed_everything("evaluation", *seed)
             where = {
                 "base_template": config.prompt_template,
                 "pos_idx": config.prompt_token_pos,
@@ -54,7 +56,8 @@ def first_letter_probes(scale: Scale, lm: LanguageModel, layer: int) -> Path:
         tensors |= {"X": parts["train"][0].contiguous(), "y": parts["train"][1]}
         save_tensors(tensors, folder / "probe.safetensors")
 
-    key = disjoint(evaluation_key(scale, lm), layer=layer, words=scale.absorption_words)
+    about = {"layer": layer, "prompts_of": scale.layers[0], "words": scale.absorption_words}
+    key = disjoint(evaluation_key(scale, lm), about)
     return cached("first-letter-probes", key, build)
 
 

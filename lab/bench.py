@@ -6,7 +6,7 @@ import random
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from string import ascii_lowercase
 from types import SimpleNamespace
@@ -26,12 +26,13 @@ from lab.seeds import generators, seed_everything, seed_for, set_generators
 from lab.storage import cached, disjoint, save_tensors, tensor_sha256, versions
 
 
-def as_hooked_transformer(lm: LanguageModel, dtype: torch.dtype, remember: bool = False):
+def as_hooked_transformer(lm: LanguageModel, dtype: torch.dtype):
     """The language model as SAE-Bench's absorption wants it: a HookedTransformer (it checks).
 
     Absorption asks for prompts and reads one position near their end, so that is all it is given
-    (NaN at the positions after it), and what comes after is not read by the model.  With `remember`
-    it is kept in the cache: once the seed is fixed, the same prompts are asked of every SAE.
+    (NaN at the positions after it), and what comes after is not read by the model.  All layers are
+    kept in the cache: once the seed is fixed, the same prompts are asked at every layer and by
+    every run.
     """
     from transformer_lens import HookedTransformer
 
@@ -53,21 +54,18 @@ def as_hooked_transformer(lm: LanguageModel, dtype: torch.dtype, remember: bool 
         def run_with_cache(self, prompts, names_filter=None, **_):
             tokens = prompts if isinstance(prompts, torch.Tensor) else self.to_tokens(prompts)
 
-            def activations() -> dict[str, torch.Tensor]:
-                found = lm.residuals(tokens[:, :-unread])
-                return {f"blocks.{n}.hook_resid_post": acts[:, -1:] for n, acts in found.items()}
-
             def build(folder: Path) -> None:
-                acts = {name: a.cpu().contiguous() for name, a in activations().items()}
+                found = lm.residuals(tokens[:, :-unread])
+                acts = {
+                    f"blocks.{layer}.hook_resid_post": of_layer[:, -1:].cpu().contiguous()
+                    for layer, of_layer in found.items()
+                }
                 save_tensors(acts, folder / "prompts.safetensors")
 
-            if remember:
-                digest = tensor_sha256(tokens)
-                prompts = {"tokens": digest, "shape": tokens.shape, "unread": unread}
-                key = disjoint(lm.identity, prompts, layers=lm.layers)
-                acts = load_file(cached("prompts", key, build) / "prompts.safetensors")
-            else:
-                acts = activations()
+            digest = tensor_sha256(tokens)
+            prompts = {"tokens": digest, "shape": tokens.shape, "unread": unread}
+            key = disjoint(lm.identity, prompts, layers=lm.layers)
+            acts = load_file(cached("prompts", key, build) / "prompts.safetensors")
             padded = partial(torch.nn.functional.pad, pad=(0, 0, 0, unread), value=math.nan)
             return None, {n: padded(a.to(lm.device, dtype)) for n, a in acts.items()}
 
@@ -173,7 +171,7 @@ def sae_bench(
 
         return call
 
-    model = as_hooked_transformer(lm, dtype, remember=probes is not None)
+    model = as_hooked_transformer(lm, dtype)
     ours = SimpleNamespace(from_pretrained_no_processing=lambda *_, **__: model)
     words = first_letter_words(scale, lm)
     before = generators()
@@ -223,7 +221,14 @@ def sae_bench(
         )
         substitute(common, _parse_probe_data_split=quick_absorption._parse_probe_data_split)
         substitute(absorption_probing, DataLoader=quick_k_sparse.in_whole_batches)
-        substitute(probe_training, train_probe_gpu=quick_probing.train_probe_gpu)
+        k_sparse = partial(
+            quick_probing.train_probe_on_activations, probe_training.train_probe_on_activations
+        )
+        substitute(
+            probe_training,
+            train_probe_gpu=quick_probing.train_probe_gpu,
+            train_probe_on_activations=k_sparse,
+        )
         for module in (common, feature_absorption):
             substitute(module, get_alpha_tokens=lambda *_, **__: list(words))
         substitute(
@@ -238,12 +243,17 @@ def sae_bench(
                 create_meaned_model_activations=seeded(texts.mean_residuals),
                 get_sae_meaned_activations=seeded(texts.mean_latents),
             )
+            one_task = partial(texts.one_task, probing.run_eval_single_dataset)
+            substitute(probing, run_eval_single_dataset=one_task)
         substitute(dataset_utils, load_dataset=load_data_only)
         substitute(np, memmap=InMemory)
         local = {name: list(TASKS[name]) for name in scale.tasks if name in TASKS}
+        read = dataset_utils.get_multi_label_train_test_data
         if local:
             stack.enter_context(mock.patch.dict(dataset_info.chosen_classes_per_dataset, local))
-            substitute(dataset_utils, get_multi_label_train_test_data=task_of_pairs)
+            read = task_of_pairs
+        # A task's texts are asked for once a layer, one after the other.
+        substitute(dataset_utils, get_multi_label_train_test_data=lru_cache(maxsize=1)(read))
         try:
             yield SimpleNamespace(
                 absorption=absorption, probing=probing, common=common, model=model, folder=folder

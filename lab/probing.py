@@ -1,6 +1,6 @@
 """SAE-Bench's sparse probing of saved SAEs, its texts read once for all of them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,15 +21,36 @@ class ProbingTexts:
 
     SAE-Bench keeps the residuals of every token (53 GB a layer for Gemma-2-2B) and only ever uses
     their mean over a text, and the mean of their latents.  So its functions are given handles here:
-    a handle stands for the texts of one class, whose tokens (and, with keep_activations, residuals)
-    lie in `folder`, and the means are made when they are asked for.
+    a handle stands for the texts of one class, whose tokens and means (and, with keep_activations,
+    residuals) lie in `folder`; the means of latents are made when they are asked for, of one task
+    for all SAEs: those of all tasks would be gigabytes.
     """
 
     def __init__(self, scale: Scale, lm: LanguageModel, folder: Path, saes: dict[int, list]):
         """`saes`: {layer: SAEs that will be asked about}."""
         self.scale, self.lm, self.folder, self.saes = scale, lm, folder, saes
         self.latents: dict[tuple[str, int], torch.Tensor] = {}  # (handle, id(sae)) -> [texts, F]
+        self.scored: dict[tuple[str, int], tuple] = {}  # (task, id(sae)) -> SAE-Bench's results
 
+    def one_task(
+        self, theirs: Callable, task: str, config, sae, model, layer, hook, device, folder, save
+    ) -> tuple:
+        """SAE-Bench's run_eval_single_dataset (`theirs`), for every SAE as soon as one asks: it
+        would go through all tasks with one SAE before the next."""
+        from sae_bench.sae_bench_utils.general_utils import _standardize_sae_cfg
+
+        if (task, id(sae)) not in self.scored:
+            for other in (other for saes in self.saes.values() for other in saes):
+                _standardize_sae_cfg(other.cfg)
+                layer, hook = other.cfg.hook_layer, other.cfg.hook_name
+                beside = Path(folder).with_name(hook)
+                beside.mkdir(exist_ok=True)
+                self.scored[task, id(other)] = theirs(
+                    task, config, other, model, layer, hook, device, str(beside), save
+                )
+        return self.scored.pop((task, id(sae)))
+
+    @torch.no_grad()
     def collect(
         self, texts: dict, model, batch: int, layer: int, hook_name: str, mask: bool = False, **_
     ) -> dict[str, str]:
@@ -46,14 +67,25 @@ class ProbingTexts:
             digest = tensor_sha256(tokens)[:16]
             path = self.folder / f"{digest}.safetensors"
             if not path.exists():
-                tensors = {"tokens": tokens}
-                if self.scale.keep_activations:
-                    owners, rows = zip(*self._rows(tokens), strict=True)
-                    tensors["owners"] = torch.cat(owners).cpu()
-                    tensors["residuals"] = torch.cat(rows).cpu()
-                save_tensors(tensors, path)
+                save_tensors({"tokens": tokens} | self._read(tokens), path)
             handles[label] = f"{layer}/{digest}"
         return handles
+
+    def _read(self, tokens_NL: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Means of residuals [layers, texts, D]; with keep_activations, their rows as well."""
+        n_texts, (lm, kept) = len(tokens_NL), (self.lm, [])
+        means = [MeanByText(n_texts, lm.d_in, lm.device) for _ in lm.layers]
+        for owner, rows in self._rows(tokens_NL):
+            for i, mean in enumerate(means):
+                mean.add(owner, rows[:, i])
+            if self.scale.keep_activations:
+                kept.append((owner, rows))
+        dtype = getattr(torch, self.scale.evaluation_dtype)
+        found = {"means": torch.stack([mean.result().to("cpu", dtype) for mean in means])}
+        if kept:
+            owners, rows = zip(*kept, strict=True)
+            found |= {"owners": torch.cat(owners).cpu(), "residuals": torch.cat(rows).cpu()}
+        return found
 
     def _rows(self, tokens_NL: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(text of each row [n], residuals [n, layers, D]) of all tokens but special ones.
@@ -86,14 +118,11 @@ class ProbingTexts:
     @torch.no_grad()
     def mean_residuals(self, handles: dict[str, str]) -> dict[str, torch.Tensor]:
         """SAE-Bench's create_meaned_model_activations: {class: [texts, D]}."""
-        dtype, means = getattr(torch, self.scale.evaluation_dtype), {}
+        means = {}
         for label, handle in handles.items():
-            i = self.lm.layers.index(int(handle.split("/")[0]))
-            n_texts, chunks = self._kept_rows(handle)
-            mean = MeanByText(n_texts, self.lm.d_in, self.lm.device)
-            for owner, rows in chunks:
-                mean.add(owner, rows[:, i])
-            means[label] = mean.result().to(dtype)
+            layer, digest = handle.split("/")
+            held = load_file(self.folder / f"{digest}.safetensors")["means"]
+            means[label] = held[self.lm.layers.index(int(layer))].to(self.lm.device)
         return means
 
     @torch.no_grad()
@@ -138,6 +167,16 @@ class MeanByText:
 
     def result(self) -> torch.Tensor:
         return self.sums / self.counts
+
+
+def latents_held(scale: Scale, n_readouts: int = 0) -> int:
+    """Bytes of host memory that means of latents take: those of the largest task, for all SAEs, of
+    which every read-out is one."""
+    classes = max(len(TASKS.get(task, range(5))) for task in scale.tasks)  # SAE-Bench's: 5 at most
+    texts = classes * (scale.probe_train_set_size + scale.probe_test_set_size) // 2
+    saes = len(scale.layers) * scale.n_seeds * (1 + n_readouts)
+    size = getattr(torch, scale.evaluation_dtype).itemsize
+    return texts * saes * scale.d_sae * size
 
 
 def probing_config(scale: Scale, lm: LanguageModel):

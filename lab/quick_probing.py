@@ -5,6 +5,8 @@ the same order.
 """
 
 import copy
+import math
+from collections.abc import Callable
 
 import torch
 
@@ -59,3 +61,69 @@ def train_probe_gpu(
             break
     assert best_probe is not None
     return best_probe, best
+
+
+class Drawn:
+    """The texts that SAE-Bench's prepare_probe_data draws for one class, and their order, without
+    their latents: it copies all of those six times, where a k-sparse probe reads k of them."""
+
+    def __init__(self, means: dict[str, torch.Tensor], label: str):
+        others = [name for name in means if name != label]
+        self.n, positive = len(means[label]), means[label]
+        share = math.ceil(self.n / len(others))
+        rows = [torch.randperm(len(means[other]))[:share] for other in others]
+        chosen = torch.randperm(sum(map(len, rows)))[: self.n]
+        order = torch.randperm(2 * self.n)
+        self.is_positive = order < self.n
+        # Parts of either kind: (means of a class, rows of it, their places among the kind's).
+        self.positive = [(positive, order[self.is_positive], slice(None))]
+        drawn, self.negative, start = chosen[order[~self.is_positive] - self.n], [], 0
+        for other, of_class in zip(others, rows, strict=True):
+            places = ((drawn >= start) & (drawn < start + len(of_class))).nonzero()[:, 0]
+            self.negative.append((means[other], of_class[drawn[places] - start], places))
+            start += len(of_class)
+
+    def latents(self, columns: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """Latents of the texts of the class, and of the others [n, F], or some columns of them."""
+        found = []
+        for parts in (self.positive, self.negative):
+            like = parts[0][0]
+            taken = like.new_empty(self.n, like.shape[1] if columns is None else len(columns))
+            for means, rows, places in parts:
+                rows = rows.to(means.device)
+                taken[places] = means[rows] if columns is None else means[rows[:, None], columns]
+            found.append(taken)
+        return found
+
+    def in_order(self, positive: torch.Tensor, negative: torch.Tensor) -> tuple:
+        """(latents [2n, k], whether each is of the class), as scikit-learn wants them."""
+        x = torch.empty(2 * self.n, positive.shape[1])
+        x[self.is_positive], x[~self.is_positive] = positive.float().cpu(), negative.float().cpu()
+        return x.numpy(), self.is_positive.int().numpy()
+
+
+def train_probe_on_activations(
+    theirs: Callable,
+    train_activations: dict[str, torch.Tensor],
+    test_activations: dict[str, torch.Tensor],
+    select_top_k: int | None = None,
+    **how,
+) -> tuple[dict, dict[str, float]]:
+    """Test accuracy of a probe for each class.  With k, on the k latents whose means differ most;
+    without, on all, that is SAE-Bench's own function (`theirs`) around train_probe_gpu()."""
+    if select_top_k is None:
+        return theirs(train_activations, test_activations, None, **how)
+    from sklearn.linear_model import LogisticRegression
+
+    assert not how, "SAE-Bench gives k-sparse probes no other settings"
+    accuracies = {}
+    for label in train_activations:
+        train, test = Drawn(train_activations, label), Drawn(test_activations, label)
+        positive, negative = train.latents()
+        apart_F = (positive.mean(dim=0) - negative.mean(dim=0)).abs()
+        columns = torch.argsort(apart_F, descending=True)[:select_top_k].sort().values
+        x, y = train.in_order(positive[:, columns], negative[:, columns])
+        probe = LogisticRegression(max_iter=1000).fit(x, y)
+        x, y = test.in_order(*test.latents(columns))
+        accuracies[label] = float((probe.predict(x) == y).mean())
+    return {}, accuracies

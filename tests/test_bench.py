@@ -56,7 +56,7 @@ def test_remembered_prompts_are_asked_of_the_model_once(tiny_model, tmp_path, mo
     lm = load(tiny_model, LAYERS)
     passes: list[None] = []
     lm.model.base_model.register_forward_hook(lambda *_: passes.append(None))
-    stand_in = as_hooked_transformer(lm, torch.bfloat16, remember=True)
+    stand_in = as_hooked_transformer(lm, torch.bfloat16)
     prompts = [" the film has the first letter:"] * 2
     first = stand_in.run_with_cache(prompts)[1]
     again = stand_in.run_with_cache(prompts)[1]

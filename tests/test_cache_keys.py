@@ -39,7 +39,7 @@ def reader(**identity) -> SimpleNamespace:
 
 def prompts(scale: Scale, lm, tokens: int = 1) -> None:
     stand_in = lab.bench.as_hooked_transformer(
-        SimpleNamespace(**vars(lm), name="m", d_in=4, tokenizer=None), torch.float32, remember=True
+        SimpleNamespace(**vars(lm), name="m", d_in=4, tokenizer=None), torch.float32
     )
     stand_in.to_tokens = lambda prompts: torch.full((2, 8), tokens)
     stand_in.run_with_cache(["a", "b"])

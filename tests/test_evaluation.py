@@ -141,6 +141,35 @@ def test_saes_that_are_far_from_what_the_last_step_logged_stop_the_evaluation(tr
                 check(trained, **{name: other})
 
 
+def test_the_language_model_reads_each_prompt_and_text_once_for_all_layers(
+    tiny_model, tmp_path, monkeypatch
+):
+    """Before training; and each task's texts are put together once."""
+    import lab.bench
+    from lab.language_model import LanguageModel, load_language_model
+
+    scale = tiny.tiny_scale(tiny_model, layers=(1, 3), tasks=("sentiment", "news"))
+    monkeypatch.setenv("COSINE_SAE_CACHE", str(tmp_path / "cache"))
+    read, tasks = [], []
+    residuals, task_of_pairs = LanguageModel.residuals, lab.bench.task_of_pairs
+
+    def counted(self, tokens):
+        read.extend(map(tuple, tokens.tolist()))
+        return residuals(self, tokens)
+
+    def put_together(task, *args):
+        tasks.append(task)
+        return task_of_pairs(task, *args)
+
+    monkeypatch.setattr(LanguageModel, "residuals", counted)
+    monkeypatch.setattr(lab.bench, "task_of_pairs", put_together)
+    lab.evaluation.prepare(scale, load_language_model(scale))
+    assert tasks == list(scale.tasks)
+    words = len(lab.bench.first_letter_words(scale, load_language_model(scale)))
+    texts = (2 + 4) * (scale.probe_train_set_size + scale.probe_test_set_size) // 2
+    assert words + texts - 5 <= len(read) <= words + texts
+
+
 # ── Before training ─────────────────────────────────────────────────────────────────────────────
 
 NO_TEXT = """

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from lab.language_model import LanguageModel
-from lab.probing import MeanByText, ProbingTexts, evaluate_probing
+from lab.probing import MeanByText, ProbingTexts, evaluate_probing, latents_held
 from lab.process import ExperimentError
 from lab.results import without_times
 from lab.saved_sae import load_sae, read_out
@@ -125,11 +125,11 @@ def test_means_over_texts_are_sae_benchs_own(trained, two_layers, tmp_path, dtyp
                 assert found[label].dtype == mean.dtype == like
                 assert ((found[label] - mean).norm() / mean.norm()).item() < tolerance
     held = load_file(next(tmp_path.glob("*.safetensors")))
-    assert held.keys() == ({"tokens", "owners", "residuals"} if keep else {"tokens"})
+    assert held.keys() == {"tokens", "means"} | ({"owners", "residuals"} if keep else set())
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("keep", "passes"), [(True, [4, 4, 4]), (False, [0, 4, 4])])
+@pytest.mark.parametrize(("keep", "passes"), [(True, [4, 4, 4]), (False, [4, 8, 8])])
 def test_one_pass_of_the_language_model_serves_all_layers_and_all_saes(
     trained, two_layers, tmp_path, keep, passes
 ):
@@ -177,3 +177,20 @@ def test_several_read_outs_are_scored_in_one_evaluation(evaluated, trained, tmp_
     assert names == {
         name + end for name in trained.saved for end in ("", "_readout_0", "_readout_1")
     }
+
+
+def test_no_more_latents_are_held_than_latents_held_says(evaluated, trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("COSINE_SAE_CACHE", str(evaluated.cache))
+    most, encode = [0], ProbingTexts._encode
+
+    def counted(self, handle):
+        encode(self, handle)
+        held = sum(t.numel() * t.element_size() for t in self.latents.values())
+        most[0] = max(most[0], held)
+
+    monkeypatch.setattr(ProbingTexts, "_encode", counted)
+    folder = tmp_path / "sparse_probing"
+    evaluate_probing(trained.scale, trained.lm, {1: trained.saved}, folder, (0.0, 1.0))
+    assert 0 < most[0] <= latents_held(trained.scale, n_readouts=2)
+    one_task = replace(trained.scale, tasks=("news",))  # of four classes, the larger of the two
+    assert latents_held(trained.scale, 2) == latents_held(one_task, 2)

@@ -37,3 +37,40 @@ def test_a_probe_on_all_latents_is_sae_benchs_own_and_leaves_the_generator_where
     for label, probe in probes.items():
         for p, q in zip(probe.parameters(), ours[label].parameters(), strict=True):
             assert torch.equal(p, q), "on a CPU to the bit"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_k_sparse_probes_are_sae_benchs_own_and_leave_the_generator_where_those_do(dtype):
+    from sae_bench.evals.sparse_probing import probe_training as theirs
+
+    train, test = sparse_acts(121, 300, dtype), sparse_acts(80, 300, dtype)
+    found = {}
+    for where in (theirs.train_probe_on_activations, quick_probing.train_probe_on_activations):
+        ours = where is not theirs.train_probe_on_activations
+        torch.manual_seed(0)
+        given = (theirs.train_probe_on_activations,) if ours else ()
+        found[ours] = [where(*given, train, test, select_top_k=k)[1] for k in (1, 2, 20)]
+        found[ours].append(torch.get_rng_state().tolist())
+    assert found[True] == found[False]
+    assert 0.5 < min(found[True][0].values()) < max(found[True][2].values()) < 1
+
+
+def test_k_sparse_probes_are_fitted_on_sae_benchs_own_rows_in_its_order():
+    """To the bit: the latents that are chosen hang on the order in which means are summed."""
+    from sae_bench.evals.sparse_probing import probe_training as theirs
+    from sklearn.linear_model import LogisticRegression
+
+    train, test, fitted = sparse_acts(121, 300), sparse_acts(80, 300), []
+
+    def fit(self, x, y):
+        fitted.append((x.tolist(), y.tolist()))
+        return real(self, x, y)
+
+    real = LogisticRegression.fit
+    with mock.patch.object(LogisticRegression, "fit", fit):
+        torch.manual_seed(0)
+        theirs.train_probe_on_activations(train, test, select_top_k=5)
+        torch.manual_seed(0)
+        quick_probing.train_probe_on_activations(None, train, test, select_top_k=5)
+    assert len(fitted) == 2 * 4
+    assert fitted[:4] == fitted[4:]
