@@ -31,7 +31,7 @@ import functools
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -104,31 +104,24 @@ def is_cuda(device: object) -> bool:
 
 
 def number(device: object) -> int:
-    """Of a device that the program names: which GPU; without a number, this process's."""
-    gpu = PretendGpu.active
-    index = torch.device(device).index
-    index = gpu.current if index is None else index
+    """Which GPU a device is that is_cuda(): without a number, this process's.
+
+    C++ knows of one GPU: what it is told as 0 is this process's, and as i + 1 another's cuda:i."""
+    gpu, device = PretendGpu.active, torch.device(device)
+    if device.type == BACKEND:
+        return device.index - 1 if device.index else gpu.current
+    index = gpu.current if device.index is None else device.index
     if index >= gpu.devices:
         raise torch.AcceleratorError("CUDA error: invalid device ordinal")
     return index
 
 
 def in_cpp(argument: object) -> object:
-    """A device as C++ is told it, which knows of one: 0 is this process's, i + 1 is cuda:i."""
+    """A device as C++ is told it."""
     if type(argument) not in (torch.device, str) or not is_cuda(argument):
-        return argument
-    if torch.device(argument).type == BACKEND:
         return argument
     index = number(argument)
     return torch.device(BACKEND, 0 if index == PretendGpu.active.current else index + 1)
-
-
-def out_of_cpp(device: object, gpu: list[torch.Tensor]) -> int:
-    """Which GPU C++ means: by 0, that of the operands."""
-    told = torch.device(device).index
-    if told:
-        return told - 1
-    return gpu[0].get_device() if gpu else PretendGpu.active.current
 
 
 # ── Memory ───────────────────────────────────────────────────────────────────────────────────────
@@ -173,18 +166,26 @@ def place() -> str:
     return "elsewhere"
 
 
+def by_maker(large: Iterable[tuple[int, str]]) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for size, made_by in large:
+        found[made_by] += size
+    return dict(found.most_common())
+
+
 class Watched:
     """The peak inside a `with gpu.watched()`: its bytes, and what lived then."""
 
-    def __init__(self, live: int):
-        self.peak, self.large = live, []
+    def __init__(self, gpu: "PretendGpu"):
+        self.gpu, self.large = gpu, []
+        self.note()
+
+    def note(self) -> None:
+        self.peak, self.large = self.gpu.live, [*self.gpu.large.values()]
 
     def made_by(self) -> dict[str, int]:
         """Of what lived then and is large, its bytes by who made it."""
-        found: Counter[str] = Counter()
-        for size, made_by in self.large:
-            found[made_by] += size
-        return dict(found.most_common())
+        return by_maker(self.large)
 
 
 # ── Tensors ──────────────────────────────────────────────────────────────────────────────────────
@@ -339,7 +340,7 @@ class PretendGpu(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
         self.live = self.peak = 0  # bytes
         self.large_from = 1 << 16  # bytes: what is remembered by its maker
-        self.large: dict[int, Allocation] = {}
+        self.large: dict[int, tuple[int, str]] = {}  # (bytes, maker) of what lives and is
         self.watching: list[Watched] = []
         self.random_state = torch.Generator().manual_seed(0).get_state()
         self.alone: set[str] = set()  # groups of processes that have been seen to have a GPU each
@@ -362,7 +363,7 @@ class PretendGpu(TorchDispatchMode):
             index = first.get_device() if here else 0
         elif device is not None:
             here = is_cuda(device)
-            index = out_of_cpp(device, gpu) if here else 0
+            index = number(device) if here else 0
         else:
             here = bool(gpu)
             index = gpu[0].get_device() if here else 0
@@ -409,8 +410,11 @@ class PretendGpu(TorchDispatchMode):
     def check_collective(self, name: str, operands: list[torch.Tensor]) -> None:
         """Raise where NCCL, or PyTorch before it, would.
 
-        pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp (check_gpu_single_tensor,
-        getNcclDataType) and nccl/src/init.cc ("Duplicate GPU detected").
+        Tensors of the CPU: docs.pytorch.org/docs/stable/distributed.html (the table of backends),
+        github.com/mistralai/mistral-inference/issues/252.  Two processes on one GPU:
+        github.com/NVIDIA/nccl/issues/1241, github.com/NVIDIA/Megatron-LM/issues/661.  Tensors that
+        do not lie together, and types: pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp
+        (check_gpu_single_tensor) and NCCLUtils.cpp (getNcclDataType).
         """
         for t in operands:
             if not isinstance(t, GpuTensor):
@@ -424,7 +428,7 @@ class PretendGpu(TorchDispatchMode):
             store.set(f"gpu of {rank}", str(operands[0].get_device()))
             others = [store.get(f"gpu of {i}") for i in range(c10d.get_world_size())]
             if len(set(others)) < len(others):
-                raise c10d.DistBackendError(
+                raise torch.distributed.DistBackendError(
                     f"NCCL error: Duplicate GPU detected : {len(others)} processes are on CUDA "
                     f"devices {', '.join(i.decode() for i in others)}"
                 )
@@ -456,36 +460,39 @@ class PretendGpu(TorchDispatchMode):
             self.kernels[name] += 1
 
     def is_asynchronous(self, name: str, args: tuple, kwargs: dict) -> bool:
-        """Whether a copy between CPU and GPU is only queued.
+        """Whether a copy between CPU and GPU is only queued: with non_blocking=True, and pinned
+        memory on the CPU's side, which to("cpu", non_blocking=True) makes itself.  From memory that
+        is not pinned the driver may wait for the stream.
 
-        Towards the GPU with non_blocking=True: cudaMemcpyAsync has taken the source when it
-        returns, from pinned memory or not, and PyTorch then does not synchronise the stream.
-        Towards the CPU only into pinned memory, which to("cpu", non_blocking=True) makes itself
-        (pytorch/aten/src/ATen/native/cuda/Copy.cu and native/TensorConversions.cpp; the CUDA
-        Runtime API's "API synchronization behavior").
+        docs.nvidia.com/cuda/cuda-runtime-api/api-sync-behavior.html ("Asynchronous", 1 and 3);
+        pytorch/aten/src/ATen/native/TensorConversions.cpp (_to_copy: pin_out).
         """
         asked = kwargs.get("non_blocking", name == "copy_" and len(args) > 2 and args[2])
-        into_cpu = name == "copy_" and not isinstance(args[0], GpuTensor)
-        return bool(asked and (not into_cpu or getattr(args[0].untyped_storage(), "pinned", False)))
+        if name == "_to_copy" and isinstance(args[0], GpuTensor):
+            return bool(asked)
+        on_cpu = next(t for t in args if not isinstance(t, GpuTensor))
+        return bool(asked) and getattr(on_cpu.untyped_storage(), "pinned", False)
 
     def count_bytes(self, allocation: Allocation, more: int) -> None:
         self.live += more
-        if allocation.size >= self.large_from and more > 0:
-            self.large[id(allocation)] = SimpleNamespace(
-                size=allocation.size, made_by=allocation.made_by
-            )
-        elif more < 0:
+        if more < 0:
             self.large.pop(id(allocation), None)
+            return
+        if allocation.size >= self.large_from:
+            self.large[id(allocation)] = allocation.size, allocation.made_by
         self.peak = max(self.peak, self.live)
         for watched in self.watching:
             if self.live > watched.peak:
-                watched.peak = self.live
-                watched.large = [(a.size, a.made_by) for a in self.large.values()]
+                watched.note()
+
+    def large_by_maker(self) -> dict[str, int]:
+        """Of what lives now and is large, its bytes by who made it."""
+        return by_maker(self.large.values())
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[Watched]:
         """The peak of what lives on the GPU inside the `with`."""
-        found = Watched(self.live)
+        found = Watched(self)
         self.watching.append(found)
         try:
             yield found

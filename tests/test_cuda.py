@@ -4,9 +4,11 @@ Nothing here is a measurement, and nothing here needs a GPU.  The pretend GPU is
 torch for good, so whatever uses it runs in a process of its own.
 """
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -234,8 +236,9 @@ def what_is_waited_for(gpu) -> dict:
         "list": lambda: torch.tensor([1.0, 2.0], device="cuda"),
         "fill": lambda: torch.full((3,), 2.0, device="cuda"),
         "copy": lambda: x.copy_(cpu),
-        "copy that is queued": lambda: x.copy_(cpu, non_blocking=True),
-        "move that is queued": lambda: cpu.pin_memory().to("cuda", non_blocking=True),
+        "copy that may be queued": lambda: x.copy_(cpu, non_blocking=True),
+        "copy that is queued": lambda: x.copy_(cpu.clone().pin_memory(), non_blocking=True),
+        "move that is queued": lambda: cpu.clone().pin_memory().to("cuda", non_blocking=True),
         "number": lambda: x.sum().item(),
         "condition": lambda: bool(x.any()),
         "tolist": x.tolist,
@@ -259,6 +262,7 @@ def test_the_pretend_gpu_counts_where_the_cpu_waits():
     assert waits == {
         "list": {"from the CPU": 1},
         "copy": {"from the CPU": 1},
+        "copy that may be queued": {"from the CPU": 1},
         "number": {"item": 1},
         "condition": {"item": 1},
         "tolist": {"to the CPU": 1},
@@ -386,6 +390,85 @@ def test_an_ordinary_step_waits_for_nothing_but_what_is_listed_here():
     """For nothing: what it needs of the CPU's numbers is filled in on the GPU, and what it measures
     stays there until it is written down."""
     assert alone(waits_of_training) == {name: {} for name in (*KINDS, "batch")}
+
+
+# ── Two processes, a GPU each ────────────────────────────────────────────────────────────────────
+
+# In float32, for gradients are added up in another order.  Stopped once, and taken up in the same
+# process, which leaves its group first, as its end would.
+TOGETHER = """
+import os, torch
+load, main, step = experiment.load_language_model, experiment.main, experiment.Trainer.step
+experiment.load_language_model = lambda scale: load(scale, torch.float32)
+
+def stopping(self, x):
+    if self.steps_done == 4:
+        experiment.Trainer.step = step
+        if os.environ["RANK"] == "0":
+            os.kill(os.getpid(), 15)
+    return step(self, x)
+
+def main_of(arguments):
+    assert main(arguments) == 75
+    torch.distributed.destroy_process_group()
+    os.environ["MASTER_PORT"] = os.environ["NEXT_PORT"]
+    return main(arguments)
+
+experiment.Trainer.step, experiment.main = stopping, main_of
+"""
+ALONE = """
+import torch
+load = experiment.load_language_model
+experiment.load_language_model = lambda scale: load(scale, torch.float32)
+"""
+TWO_GPUS = ON_THE_GPU.replace("for_good()", "for_good(devices=2)")
+
+
+def free_ports(n: int) -> list[str]:
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(socket.socket()) for _ in range(n)]
+        for one in held:
+            one.bind(("127.0.0.1", 0))
+        return [str(one.getsockname()[1]) for one in held]
+
+
+def together(patch: str, **how) -> list[subprocess.CompletedProcess]:
+    """The script in two processes that train together, as torchrun starts them."""
+    ports = dict(zip(("MASTER_PORT", "NEXT_PORT"), free_ports(2), strict=True))
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"} | ports
+    processes = [
+        tiny.start_script(
+            "--out_dir=run_2", patch=patch, RANK=rank, LOCAL_RANK=rank, **common, **how
+        )
+        for rank in "01"
+    ]
+    return [tiny.ended(process) for process in processes]
+
+
+def test_two_processes_with_a_gpu_each_follow_the_curve_of_one_also_when_stopped(
+    scale, cache, tmp_path
+):
+    scale = replace(scale, training_dtype="float32")
+    how = {"scale": scale, "cache": cache, "quick": True}
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    done = tiny.run_script("--out_dir=run_2", patch=ON_THE_GPU + ALONE, cwd=folders[0], **how)
+    assert done.returncode == 0, done.stderr[-3000:]
+    both = together(TWO_GPUS + TOGETHER, cwd=folders[1], **how)
+    for done in both:
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "going on from the checkpoint of step 10" in both[0].stdout
+    alone, two = (log_of(folder / "run_2") for folder in folders)
+    test_gemma.same_curve(two, alone)
+
+
+def test_two_processes_on_one_gpu_are_an_error(scale, cache, tmp_path):
+    """What NCCL would find where no process says which GPU is its own."""
+    unsaid = TWO_GPUS + "import torch\ntorch.cuda.set_device = lambda device: None\n"
+    for done in together(unsaid, scale=scale, cache=cache, cwd=tmp_path, quick=True):
+        assert done.returncode != 0
+        assert "Duplicate GPU detected" in done.stderr
 
 
 # ── Would it notice? ─────────────────────────────────────────────────────────────────────────────
