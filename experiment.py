@@ -48,6 +48,7 @@ from lab.checkpoints import Checkpoints, Keeper
 from lab.devices import Ranks, on_device, training_device
 from lab.evaluation import check_all, evaluate, prepare
 from lab.folders import begin, chosen_run, finish, is_finished
+from lab.ground_truth import evaluate_truth, online_truth
 from lab.hub import is_offline, stay_offline
 from lab.identity import experiment_fingerprint
 from lab.language_model import LanguageModel, load_language_model
@@ -59,6 +60,7 @@ from lab.scales import Scale, choose_scale, refuse_bad_numbers
 from lab.seeds import generators, seed_everything, seed_for, set_generators
 from lab.state import check_kept, check_outside, outside
 from lab.summary import print_summary
+from lab.synthetic import load_world
 from lab.text import heldout_contexts
 from lab.training_log import TrainingLog
 from lab.work import Work, training_identity
@@ -139,6 +141,7 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "laptop": Recipe(),
+    "synthetic": Recipe(),
     "pythia-70m": Recipe(),
     "gemma-2-2b": Recipe(learning_rate=3e-4, warmup_steps=1000),
 }
@@ -769,7 +772,8 @@ def begun(
         seed_everything("training", scale.name)  # whoever draws without a generator of their own
     for trainer in trainers:  # what belongs to this execution, not to the training
         trainer.scale, trainer.ranks, trainer.device = scale, ranks, training_device()
-        trainer.online = online_absorption(scale, lm, trainer.layer)
+        measure = online_truth if scale.world else online_absorption
+        trainer.online = measure(scale, lm, trainer.layer)
     return trainers, stream
 
 
@@ -824,10 +828,10 @@ def execute(out_dir: Path, name: str, scale: Scale, ranks: Ranks, signals: Signa
     if ranks.first(is_offline()):
         stay_offline()
 
-    lm = load_language_model(scale)
+    lm = load_world(scale) if scale.world else load_language_model(scale)
     heldout, first_document = heldout_contexts(scale, lm)
     clock.lap("language model and text")
-    config |= prepare(scale, lm)
+    config |= {"probing_texts": None} if scale.world else prepare(scale, lm)
     clock.lap("first-letter probes and probing texts")
 
     work = Work(training_identity(name, scale, lm, settings, experiment))
@@ -848,7 +852,8 @@ def execute(out_dir: Path, name: str, scale: Scale, ranks: Ranks, signals: Signa
         saved = save_saes(scale, lm, trainers, work.folder / "sae", name, experiment, settings)
         check_all(scale, lm, trainers, saved, heldout, log.records)
         units = {trainer.layer: trainer.units for trainer in trainers}
-        results, scored = evaluate(
+        score = evaluate_truth if scale.world else evaluate
+        results, scored = score(
             scale, run.readout_alphas, lm, units, saved, heldout, log.records, work.folder, clock
         )
         config["language_model"] = lm.identity

@@ -71,6 +71,9 @@ GROUPS = {
         "absorption_full_sd_over_letters": ("sd over letters", "↓", "of full absorption"),
         "absorption_full_sd_over_seeds": ("sd over seeds", "↓", "of full absorption"),
         "absorption_full_rank_correlation": ("agreement", "↑", "Spearman of two seeds' letters"),
+        "absorption_gap": ("gap", "↓", "of a parent's latent, known world: alone less with child"),
+        "parent_fires_alone": ("fires alone", "↑", "known world: it fires, its child being off"),
+        "parent_cosine": ("parent's cosine", "↑", "known world: of that latent and its feature"),
         "absorption_letters": ("letters", "", "letters whose probe is good enough to count"),
     },
     "probing": {
@@ -85,6 +88,8 @@ GROUPS = {
     "fidelity": {
         "fvu": ("FVU", "↓", "fraction of variance unexplained, held-out text"),
         "l0": ("L0", "", "latents firing per token; every run aims at the same"),
+        "mcc": ("MCC", "↑", "known world: mean |cosine| of matched latents and features"),
+        "f1": ("F1", "↑", "known world: of latents as detectors of their features"),
         "dead": ("dead", "↓", "share of latents that never fire on held-out text"),
         "ce_recovered": ("CE recovered", "↑", "cross-entropy, 1: as the original, 0: as zeros"),
     },

@@ -8,7 +8,6 @@ evaluation is what compare_evaluation.py measured on a CPU (results/compare_eval
 proportion to words, classes and SAEs.  Each number that is neither has its source beside it.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import NamedTuple

@@ -43,6 +43,8 @@ def preflight(scale: Scale, out_dir: Path) -> None:
 def wanted(scale: Scale) -> Iterator[tuple[str, str, str | None]]:
     """(kind, name, revision) of what a scale reads from the hub: its model, its text and
     SAE-Bench's datasets."""
+    if scale.world:
+        return
     if not (scale.language_model.startswith("pypi:") or Path(scale.language_model).is_dir()):
         yield "model", scale.language_model, None
     if scale.text != "sae-probes":

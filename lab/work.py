@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lab import activations, checkpoints, devices, online_absorption, state
+from lab import activations, checkpoints, devices, ground_truth, online_absorption, state
 from lab.identity import code_behind
 from lab.language_model import LanguageModel
 from lab.process import ExperimentError, file_lock, say
@@ -98,7 +98,8 @@ def training_identity(
 ) -> dict:
     """Everything that decides what training computes, and nothing that only scores it."""
     unread = ("title", "readout_alphas")
-    rooms = (activations, checkpoints, devices, online_absorption, state)
+    online = ground_truth if scale.world else online_absorption
+    rooms = (activations, checkpoints, devices, online, state)
     return {
         "run_name": run_name,
         "run": {name: v for name, v in settings["run"].items() if name not in unread},

@@ -124,6 +124,7 @@ def test_nothing_is_asked_where_nothing_is_fetched_from_the_hub(monkeypatch, tmp
 
 
 def test_what_a_scale_reads_from_the_hub_is_named_once():
+    assert list(wanted(SCALES["synthetic"])) == []
     assert list(wanted(SCALES["gemma-2-2b"])) == [
         ("model", "google/gemma-2-2b", None),
         ("dataset", *OPENWEBTEXT.split("@")),

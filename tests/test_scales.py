@@ -123,8 +123,8 @@ def test_an_unknown_scale_is_refused_with_the_names_there_are(monkeypatch):
     monkeypatch.setenv("EXPERIMENT_SCALE", "desktop")
     with pytest.raises(ExperimentError, match="EXPERIMENT_SCALE='desktop'") as error:
         choose_scale()
-    assert all(name in str(error.value) for name in ("laptop", "pythia-70m", "gemma-2-2b"))
-    assert set(SCALES) == {"laptop", "pythia-70m", "gemma-2-2b"}
+    assert all(name in str(error.value) for name in SCALES)
+    assert set(SCALES) == {"laptop", "synthetic", "pythia-70m", "gemma-2-2b"}
 
 
 # ── The scales there are ────────────────────────────────────────────────────────────────────────

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny import ROOT, hundred_steps
+from tiny import ROOT, hundred_steps, tiny_world
 
 import experiment
 import lab.identity
@@ -201,6 +201,7 @@ def another(config: object, name: str) -> dict:
         "language_model": "other", "layers": (0, 1), "tasks": ("code",), "k_values": (1, 3),
         "readout_alphas": (0.25,), "training_dtype": "float32", "evaluation_dtype": "float32",
         "absorption_words": 100, "batch_tokens": 20, "lanes": 1,
+        "target_l0s": (4.0, 8.0),
     }  # fmt: skip
     if name in values:
         new = values[name]
@@ -226,6 +227,15 @@ def test_training_is_another_with_every_setting_but_those_it_does_not_read(what,
     kind = {"Run": "run", "Recipe": "recipe", "Scale": "scale"}[type(what).__name__]
     alike = identity(**{kind: changed}) == identity()
     assert alike == (name in SCORED | HANDLED)
+
+
+def test_a_world_is_trained_in_by_the_code_of_its_truth_and_a_model_by_that_of_its_words():
+    world, model = (
+        json.loads(identity(scale=scale))["code"].keys()
+        for scale in (tiny_world(), hundred_steps())
+    )
+    assert world - model == {"lab.ground_truth"}
+    assert model - world == {"lab.online_absorption"}
 
 
 def test_the_tasks_belong_to_the_training_only_where_their_texts_are_left_out_of_its_text():

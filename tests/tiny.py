@@ -167,6 +167,27 @@ def tiny_scale(folder: Path, **changes) -> Scale:
     return replace(SCALES["laptop"], **small | changes)
 
 
+def tiny_world(**changes) -> Scale:
+    """The scale of known features, shrunk to seconds: one spread of norms, one target, two seeds.
+
+    Its held-out rows leave 90 samples on the rarer side of an edge."""
+    small = SMALL | {
+        "name": "tiny world",
+        "layers": (0,),
+        "training_tokens": 400 * 256,
+        "n_seeds": 2,
+        "d_sae": 64,
+        "target_l0s": (8.5,),
+        "heldout_contexts": 128,
+        "block_contexts": 128,
+        "k_values": (1,),
+        "online_every": 50,
+        "online_words": 1500,
+    }
+    fields = [name for name in small if not name.startswith("probe_")]
+    return replace(SCALES["synthetic"], **{name: small[name] for name in fields} | changes)
+
+
 def hundred_steps(**changes) -> Scale:
     """100 steps of 10 tokens in 2 lanes, every number that a test uses written out."""
     values = {
