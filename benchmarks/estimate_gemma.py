@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from lab.scales import SCALES, Scale
+from lab.scales import Scale
 
 
 class Gpu(NamedTuple):

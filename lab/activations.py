@@ -17,6 +17,8 @@ from lab.seeds import seed_for
 from lab.storage import cached, disjoint, save_tensors, tensor_sha256
 from lab.text import Lane, ahead, text_blocks
 
+COLUMNS = 64  # that are summed at a time: of fewer, a CPU adds up the rows in another order
+
 
 class Calibration(NamedTuple):
     """Units of one layer, measured on its first block and then fixed."""
@@ -51,9 +53,8 @@ def calibrate(residuals_ND: torch.Tensor, ranks: Ranks, times_median: float = 3.
     limit = times_median * ranks.joined(norms_N).median().item()
     kept = (norms_N <= limit).nonzero()[:, 0]
     n_kept, n_all = (sum(ranks.gathered(len(rows))) for rows in (kept, norms_N))
-    # Some columns, then some rows at a time: see finite_norms().  (64: with fewer, a CPU adds up in
-    # another order.)
-    sums = [columns[kept].float().sum(0) for columns in residuals_ND.split(64, dim=1)]
+    # Some columns, then some rows at a time: see finite_norms().
+    sums = [columns[kept].float().sum(0) for columns in residuals_ND.split(COLUMNS, dim=1)]
     mean = ranks.total_(torch.cat(sums)) / n_kept
     rows = (residuals_ND[some].float() for some in kept.split(4096))
     distances = torch.cat([(some - mean).norm(dim=-1) for some in rows])

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from lab.activations import COLUMNS
 from lab.devices import training_device
 from lab.hub import model_is_kept, stay_offline, text_column, text_files, unreachable
 from lab.language_model import causal_config, check_structure, model_source
@@ -18,6 +19,7 @@ from lab.training_log import check_wandb
 
 GB = 1e9
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+ROW_BYTES = 32  # of a block's row: its norms, and its place in the order of batches
 
 
 def preflight(scale: Scale, out_dir: Path) -> None:
@@ -199,9 +201,11 @@ def gpu_needs(scale: Scale, model: ModelNeeds) -> dict[str, float]:
     """Bytes of GPU memory at the most, by what takes them (tests/test_gpu_memory.py counts)."""
     layers, saes = len(scale.layers), len(scale.sae_targets)
     one_layer = saes * 2 * model.d_in * scale.d_sae * 4
-    latents = saes * scale.batch_tokens * scale.d_sae * DTYPE_BYTES[scale.training_dtype]
-    block = scale.block_contexts * scale.context_length * layers * model.d_in * 2
-    training = 1.1 * block + 6 * latents
+    dtype = DTYPE_BYTES[scale.training_dtype]
+    step = saes * scale.batch_tokens * (6 * scale.d_sae * dtype + 5 * model.d_in * 4)
+    block = scale.block_contexts * scale.context_length * (layers * model.d_in * 2 + ROW_BYTES)
+    calibrating = 3 * COLUMNS / model.d_in / layers  # in bfloat16 and in float32
+    training = block * (1.1 + calibrating) + step
     scored = 8 * scale.context_length * model.vocabulary * (2 + 4 + 4)  # logits
     return {
         # Read once in bfloat16, and again in the dtype of the scores where that is another.

@@ -377,7 +377,9 @@ def edit_json(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=2))
 
 
-def make_gemma(folder: Path, dtype: torch.dtype = torch.float32, layers: int = 4) -> Path:
+def make_gemma(
+    folder: Path, dtype: torch.dtype = torch.float32, layers: int = 4, width: int = 64
+) -> Path:
     """A tiny random Gemma-2 whose embedding spells first letters (see tiny.py), in shards.
 
     What is odd about Gemma-2 is kept: soft-capped attention and logits, alternating sliding
@@ -399,7 +401,7 @@ def make_gemma(folder: Path, dtype: torch.dtype = torch.float32, layers: int = 4
     edit_json(folder / "tokenizer.json", post_processor=template)
     config = Gemma2Config(
         vocab_size=len(tokenizer),
-        hidden_size=64,
+        hidden_size=width,
         intermediate_size=96,
         num_hidden_layers=layers,
         num_attention_heads=4,
