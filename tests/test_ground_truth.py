@@ -6,6 +6,7 @@ the same features without trees there is nothing to absorb.
 
 import json
 import math
+import os
 from types import SimpleNamespace
 from unittest import mock
 
@@ -18,7 +19,8 @@ from lab.activations import calibrate
 from lab.devices import Ranks
 from lab.ground_truth import LEAST, OnlineTruth, edges_of, f1_of, truth_of
 from lab.metrics import pairwise_mcc
-from lab.synthetic import World, directions, sample
+from lab.saved_sae import load_sae
+from lab.synthetic import World, directions, load_world, sample
 
 EYE = torch.eye(3)  # a parent, its child, and a feature in no tree
 
@@ -193,3 +195,14 @@ def test_a_run_in_a_world_has_an_entry_for_each_spread_and_target_and_is_paced_b
     first = json.loads((tmp_path / "run_2/training_log.jsonl").read_text("utf-8").split("\n")[0])
     assert len(first["pace"]) == len(first["online_absorption_fraction"]) == 4
     assert "every saved SAE, loaded afresh, computes what was trained" in process.stdout
+    # One number once more, from the saved SAE, each row's features looked up by its number.
+    with mock.patch.dict(os.environ, COSINE_SAE_CACHE=str(cache)):
+        lm = load_world(scale)
+    experiment.register_with_sae_lens()
+    sae = load_sae(tmp_path / "run_2/sae/layer_1_l0_8.5_seed_1")
+    numbers = torch.arange(128 * 31)
+    numbers = numbers[: len(numbers) - len(numbers) // 1017]  # EOS after each document
+    found = truth_of(sae, lm, lm.residuals(numbers[None])[1][0], lm.on_NK[numbers])
+    values = results["tiny world layer 1, L0 8.5"]["final_info_dict"]
+    for name in ("absorption_gap", "f1", "fvu", "l0"):
+        assert values[name][1] == pytest.approx(found[name], abs=2e-3), name
