@@ -313,7 +313,7 @@ sys.argv[1:] = ["--out_dir={KINDS[-1]}"]
 """
 # With the first-letter probes of the GPU's run: SAE-Bench fits them in bfloat16 on CUDA.
 STRAIGHT_ON = """
-lab.language_model.device_kind = lambda: "cuda"
+lab.language_model.device_kind = lambda: "cuda pretend GPU"
 identity = experiment.training_identity
 experiment.training_identity = lambda *of_what: identity(*of_what) | {"straight on": True}
 main_of = lambda name: experiment.main([f"--out_dir={name}"])
