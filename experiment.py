@@ -823,7 +823,7 @@ def execute(out_dir: Path, name: str, scale: Scale, ranks: Ranks, signals: Signa
         "processes": ranks.world,
     }
     if first:
-        preflight(scale, out_dir)
+        preflight(scale, out_dir, len(run.readout_alphas))
         config = begin(out_dir, identity, __file__, config)
     if ranks.first(is_offline()):
         stay_offline()

@@ -1,5 +1,6 @@
 """Before any work: everything a run will fetch can be had, and fits."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from lab.devices import training_device
 from lab.hub import model_is_kept, stay_offline, text_column, text_files, unreachable
 from lab.language_model import causal_config, check_structure, model_source
 from lab.packaged_text import TASKS
+from lab.probing import latents_held
 from lab.process import ExperimentError, first_line, quiet_transformers, require, say
 from lab.scales import OFFICIAL_TASKS, Scale
 from lab.storage import cache_root
@@ -22,9 +24,10 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 ROW_BYTES = 32  # of a block's row: its norms, and its place in the order of batches
 
 
-def preflight(scale: Scale, out_dir: Path) -> None:
+def preflight(scale: Scale, out_dir: Path, n_readouts: int = 0) -> None:
     """Before any work: everything the run will fetch can be had, and fits.
 
+    `n_readouts`: how often each SAE is read out with another alpha.
     Raises ExperimentError with all that is missing.  The hub is not asked where nothing is fetched.
     """
     check_wandb()
@@ -38,7 +41,7 @@ def preflight(scale: Scale, out_dir: Path) -> None:
         missing += ["tasks are either all SAE-Bench's or all of the packaged text: choose one kind"]
     if any(wanted(scale)):
         missing += not_to_be_had(scale)
-        missing = missing or [*not_enough_room(scale, out_dir, needs_of_model(scale))]
+        missing = missing or [*not_enough_room(scale, out_dir, needs_of_model(scale), n_readouts)]
     require(not missing, "before this run can start:\n" + "\n".join(f"  - {m}" for m in missing))
 
 
@@ -162,19 +165,23 @@ def needs_of_model(scale: Scale) -> ModelNeeds:
     return ModelNeeds(config.hidden_size, config.vocab_size, parameters, to_fetch)
 
 
-def not_enough_room(scale: Scale, out_dir: Path, model: ModelNeeds) -> Iterator[str]:
-    """Disk and GPU memory a scale needs and this machine has not."""
+def not_enough_room(
+    scale: Scale, out_dir: Path, model: ModelNeeds, n_readouts: int = 0
+) -> Iterator[str]:
+    """Disk, memory and GPU memory a scale needs and this machine has not."""
     from huggingface_hub import constants
 
     layers = len(scale.layers)
     sae_bytes = layers * len(scale.sae_targets) * 2 * model.d_in * scale.d_sae * 4
     # Half of a vocabulary is words; each is an example for probes, and prompts for every SAE.
     words = scale.absorption_words or model.vocabulary // 2
-    prompts = 20_000 * (model.d_in / 2304) * words * layers
+    prompts = 25_000 * (model.d_in / 2304) * words * layers
+    texts = 5 * (scale.probe_train_set_size + scale.probe_test_set_size) // 2 * len(scale.tasks)
+    means = texts * layers * model.d_in * 2
     needs = [
         (Path(constants.HF_HOME), model.to_fetch / GB + 4),  # and SAE-Bench's datasets
         # Two checkpoints of weights, two moments and an average, and the SAEs as they are saved.
-        (cache_root(), (prompts + (2 * 4 + 2) * sae_bytes) / GB),
+        (cache_root(), (prompts + means + (2 * 4 + 2) * sae_bytes) / GB),
         (out_dir, 2 * sae_bytes / GB),
     ]
     by_device: dict[int, list] = {}
@@ -186,6 +193,11 @@ def not_enough_room(scale: Scale, out_dir: Path, model: ModelNeeds) -> Iterator[
         needed, free = sum(g for _, g in found), shutil.disk_usage(found[0][0]).free / GB
         if free < needed:
             yield f"free disk space at {found[0][0]}: {free:.1f} GB of the {needed:.1f} GB needed"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
+    # The weights on their way, or the latents of a task's texts; beside them the packages.
+    on_host = max(2 * model.parameters, latents_held(scale, n_readouts)) / GB + 3
+    if memory < on_host:
+        yield f"memory: this machine has {memory:.1f} GB of about {on_host:.1f} GB needed"
     if torch.cuda.is_available():
         needed = gpu_needs(scale, model)
         free = torch.cuda.mem_get_info(training_device())[0] / GB

@@ -174,7 +174,7 @@ def latents_held(scale: Scale, n_readouts: int = 0) -> int:
     which every read-out is one."""
     classes = max(len(TASKS.get(task, range(5))) for task in scale.tasks)  # SAE-Bench's: 5 at most
     texts = classes * (scale.probe_train_set_size + scale.probe_test_set_size) // 2
-    saes = len(scale.layers) * scale.n_seeds * (1 + n_readouts)
+    saes = len(scale.layers) * len(scale.sae_targets) * (1 + n_readouts)
     size = getattr(torch, scale.evaluation_dtype).itemsize
     return texts * saes * scale.d_sae * size
 
@@ -247,31 +247,34 @@ def evaluate_probing(
     alphas: Iterable[float] = (),
 ) -> dict[tuple[int, float | None], list[dict]]:
     """SAE-Bench sparse_probing of the saved SAEs {layer: {name: folder}}, each read out with its
-    own alpha (None) and with every one of `alphas`: {(layer, alpha): one result per SAE}.
+    own alpha (None) and with every one of `alphas`: {(layer, alpha): one result per SAE}.  An alpha
+    that is an SAE's own is not scored twice.
 
     SAE-Bench's JSON files land in `folder`.
     """
     dtype = getattr(torch, scale.evaluation_dtype)
     lm = lm.reading_in(dtype)
-    artifacts, saes = probing_artifacts(scale, lm), {}
+    artifacts, alphas = probing_artifacts(scale, lm), tuple(alphas)
+    saes: dict[int, dict[str, object]] = {layer: {} for layer in saved}
+    asked: dict[tuple[int, float | None], list[str]] = {}
     for layer, paths in saved.items():
         for name, path in paths.items():
-            own = load_sae(path).to(lm.device, dtype)
-            saes[layer, None, name] = own
-            for alpha in alphas:
-                saes[layer, alpha, f"{name}_readout_{alpha:g}"] = read_out(own, alpha)
-    by_layer = {layer: [s for (at, *_), s in saes.items() if at == layer] for layer in saved}
+            own = saes[layer][name] = load_sae(path).to(lm.device, dtype)
+            for alpha in (None, *alphas):
+                read = name
+                if alpha not in (None, own.cfg.alpha):
+                    read = f"{name}_readout_{alpha:g}"
+                    saes[layer][read] = read_out(own, alpha)
+                asked.setdefault((layer, alpha), []).append(read)
+    by_layer = {layer: list(of_layer.values()) for layer, of_layer in saes.items()}
     texts, config = ProbingTexts(scale, lm, artifacts, by_layer), probing_config(scale, lm)
     with sae_bench(scale, lm, folder, texts=texts) as bench:
         found = bench.probing.run_eval(
             config,
-            [(name, sae) for (*_, name), sae in saes.items()],
+            [named for of_layer in saes.values() for named in of_layer.items()],
             str(lm.device),
             str(bench.folder),
             force_rerun=True,
             artifacts_path=str(artifacts),
         )
-    results: dict[tuple[int, float | None], list[dict]] = {}
-    for layer, alpha, name in saes:
-        results.setdefault((layer, alpha), []).append(found[f"{name}_custom_sae"])
-    return results
+    return {key: [found[f"{name}_custom_sae"] for name in names] for key, names in asked.items()}

@@ -1,5 +1,6 @@
-"""SAE-Bench's absorption of words with its own results in less time: all words of a letter at once,
-prompts of a layer once.
+"""SAE-Bench's absorption of words with its own results in less time: a letter's words at once.
+
+The prompts of a layer are asked of the language model once.
 
 Each function stands for one of SAE-Bench's of the same name and draws the same random numbers in
 the same order.

@@ -1,5 +1,6 @@
-"""SAE-Bench's k-sparse probes of first letters with its own results in less time: what nobody reads
-is not computed.
+"""SAE-Bench's k-sparse probes of first letters with its own results in less time.
+
+What nobody reads is not computed.
 
 Each function stands for one of SAE-Bench's of the same name and draws the same random numbers in
 the same order.

@@ -164,10 +164,12 @@ def test_the_mean_by_text_is_that_of_the_rows_that_belong_to_it():
 def test_several_read_outs_are_scored_in_one_evaluation(evaluated, trained, tmp_path, monkeypatch):
     monkeypatch.setenv("COSINE_SAE_CACHE", str(evaluated.cache))
     folder = tmp_path / "sparse_probing"
-    found = evaluate_probing(trained.scale, trained.lm, {1: trained.saved}, folder, (0.0, 1.0))
-    assert list(found) == [(1, None), (1, 0.0), (1, 1.0)]
-    own, cosine, linear = ([without_times(r) for r in rs] for rs in found.values())
-    assert own == [probing for probing, _ in evaluated.scores]
+    (alpha, _) = trained.trainer.final_alphas()
+    alphas = (0.0, alpha, 1.0)
+    found = evaluate_probing(trained.scale, trained.lm, {1: trained.saved}, folder, alphas)
+    assert list(found) == [(1, None), (1, 0.0), (1, alpha), (1, 1.0)]
+    own, cosine, again, linear = ([without_times(r) for r in rs] for rs in found.values())
+    assert own == again == [probing for probing, _ in evaluated.scores]
     for other in (cosine, linear):
         assert [r["eval_result_metrics"]["llm"] for r in other] == [
             r["eval_result_metrics"]["llm"] for r in own
