@@ -1,6 +1,6 @@
 """SAE-Bench as it comes against this program's path to it, on the same SAEs.
 
-    python benchmarks/compare_evaluation.py run_1      # about ten minutes, after run_1 has finished
+    python benchmarks/compare_evaluation.py run_1      # about half an hour, after run_1 has finished
 
 Both score one SAE after the first, with whatever each keeps between two SAEs kept: absorption with
 its first-letter probes trained, sparse probing with the texts' activations stored.  That is what an
@@ -13,7 +13,8 @@ SAE costs in a study.  The scores stand side by side.
             float32 as well: scores may differ by rounding, and by what near ties decide
 
 Sparse probing is compared on a part of the tasks, since stock reads every text padded to 128 tokens
-with the whole model.  Writes results/compare_evaluation_<bfloat16 units>.json.
+with the whole model.  Then scoring alone: stock, an earlier commit and here, on one thread each
+(compare_scoring.py).  Writes results/compare_evaluation_<bfloat16 units>.json.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
+import compare_scoring
 import machine
 import torch
 from test_language_model import hooked_llama
@@ -195,6 +197,11 @@ def main() -> None:
         print(f"{kind}: stock {its:.1f} s, here {mine:.1f} s: {its / mine:.1f} times faster")
         for name, (a, b) in pairs.items():
             print(f"  {name}: stock {a:.4f}, here {b:.4f}")
+    run = options.run.absolute()
+    words = [4000, 32_000]
+    result["scoring_alone"] = compare_scoring.ways(
+        run, compare_scoring.COMMIT, words, options.tasks
+    )
     machine.write("compare_evaluation", result)
 
 
