@@ -1,6 +1,6 @@
 """SAE-Bench as it comes against this program's path to it, on the same SAEs.
 
-    python benchmarks/compare_evaluation.py run_1      # about half an hour, after run_1 has finished
+    python benchmarks/compare_evaluation.py run_1      # half an hour, after run_1 has finished
 
 Both score one SAE after the first, with whatever each keeps between two SAEs kept: absorption with
 its first-letter probes trained, sparse probing with the texts' activations stored.  That is what an
