@@ -2,10 +2,10 @@
 
     python benchmarks/estimate_gemma.py         # prints the table of benchmarks/README.md
 
-What the language model reads is counted from the scale; its time is a roofline, whichever of
-products and passes over memory it waits for added up, times SLACK.  What a host core does in an
-evaluation is what compare_evaluation.py measured on a CPU (results/compare_evaluation_*.json), in
-proportion to words, classes and SAEs.  Each number that is neither has its source beside it.
+What the language model reads is counted from the scale; its time is a roofline, products and passes
+over memory added up, times SLACK.  What a host core does in an evaluation is a profile on a CPU
+(below), in proportion to words, classes and SAEs; what stays on the GPU there is counted in
+operators, each as long as the host takes to launch one.  Other numbers name their source.
 """
 
 import sys
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from lab.scales import Scale
+from lab.scales import SCALES, Scale
 
 
 class Gpu(NamedTuple):
@@ -33,7 +33,8 @@ H100 = Gpu("H100", 989e12, 3.35e12)
 # card that is not named) are a fifth of this roofline on an H100, a third on an A100: contexts of
 # 256, another library, a shuffling buffer.  Half of it is allowed for here.
 SLACK = 2.0
-LAUNCH = 5e-6  # seconds of the host for each operator of a training step
+LAUNCH = 10e-6  # seconds of the host for an operator of PyTorch that is not compiled
+OPERATORS = 182  # of a training step of run_1, counted on the pretend GPU (run_7: 99)
 
 # ── Gemma-2-2B (its config.json; background of the counts in the README) ─────────────────────────
 D, HIDDEN, HEADS, KEYS, HEAD, VOCABULARY = 2304, 9216, 8, 4, 256, 256_000
@@ -44,6 +45,13 @@ CLASSES, TEXTS_A_CLASS, TEXT_TOKENS = 36, 2500, 128  # the eight tasks at 4,000 
 WORDS = 130_000  # alphabetic tokens of the vocabulary
 PROMPT_TOKENS = 83  # ten examples and the word, less what nobody reads
 TEST_SHARE = 0.2  # of the words: SAEs are asked about these
+# ── One SAE's scores on one core of an EPYC, seconds (profile beside compare_scoring.py) ─────────
+K_SPARSE_FITS = 0.16  # a class of 2,000 + 500 texts, six k: scikit-learn
+WORDS_OF_32_000 = 1.6  # absorption at 32,000 words but for encoding and the l1 probe
+PROBE_ON_ALL = 100 * 16 * 14  # operators a class: epochs, batches, operators of a step
+L1_PROBE = 50 * 20 / 4096  # operators a word: epochs, operators of a step of 4,096 words
+START, FETCH = 60, 15e9 / 100e6  # imports, loading, checks; 15 GB at 100 MB/s
+PREPARE = 100  # first-letter probes of three layers and the model's own probes
 
 
 def seconds_a_token(blocks: int, context: int, gpu: Gpu) -> float:
@@ -72,10 +80,48 @@ def tokens_read(scale: Scale) -> dict[str, tuple[float, float]]:
     }
 
 
-def steps_of_training(scale: Scale, gpu: Gpu, operators: int = 110) -> float:
+def steps_of_training(scale: Scale, gpu: Gpu) -> float:
     """Seconds of all steps of all layers: what the host launches, or what the GPU computes."""
     seeds, layers = len(scale.sae_targets), len(scale.layers)
     products = 12 * seeds * D * scale.d_sae * scale.batch_tokens / gpu.products / gpu.products_share
     passes = 30 * 2 * seeds * scale.batch_tokens * scale.d_sae / gpu.memory / gpu.memory_share
     weights = 2 * 4 * 12 * seeds * 2 * D * scale.d_sae / gpu.memory / gpu.memory_share
-    return scale.total_steps * layers * max(operators * LAUNCH, products + passes + weights)
+    return scale.total_steps * layers * max(OPERATORS * LAUNCH, products + passes + weights)
+
+
+def scores(scale: Scale, slower: float = 1.0) -> tuple[float, float]:
+    """Seconds of (sparse probing, absorption) of all SAEs, on a host core this much slower."""
+    saes = len(scale.layers) * len(scale.sae_targets)
+    probing = CLASSES * (K_SPARSE_FITS + PROBE_ON_ALL * LAUNCH) * slower
+    absorption = WORDS / 32_000 * WORDS_OF_32_000 + TEST_SHARE * 4 * WORDS * L1_PROBE * LAUNCH
+    return saes * probing, saes * absorption * slower
+
+
+def main() -> None:
+    scale, gpu = SCALES["gemma-2-2b"], H100
+    token = seconds_a_token(max(scale.layers) + 1, scale.context_length, gpu)
+    rows = [("start, and fetching 15 GB", START + FETCH, START)]
+    rows += [
+        (f"language model: {what}, {first / 1e6:.1f} million tokens", first * token, later * token)
+        for what, (first, later) in tokens_read(scale).items()
+    ]
+    rows.append(("steps of nine SAEs (launches)", *[steps_of_training(scale, gpu)] * 2))
+    rows.append(("first-letter probes, the model's own probes", PREPARE, 0))
+    probing, absorption = scores(scale)
+    rows += [("sparse probing", probing, probing), ("absorption", absorption, absorption)]
+    print("| part | a first run, s | a later run, s |\n|---|---|---|")
+    for what, first, later in rows:
+        print(f"| {what} | {first:.0f} | {later:.0f} |")
+    first, later = (sum(column) for column in list(zip(*rows, strict=True))[1:])
+    print(f"| **together** | **{first / 60:.0f} min** | **{later / 60:.0f} min** |")
+    print(f"\nwith two read-outs of every SAE {(first + 2 * probing) / 60:.0f} and "
+          f"{(later + 2 * probing) / 60:.0f} min")  # fmt: skip
+    slow = sum(scores(scale, slower=2.0)) - probing - absorption + PREPARE
+    print(f"a first run on a host core of half the speed: {first + slow:.0f} s")
+    print(f"the model reads {1 / token:,.0f} tokens/s to layer {max(scale.layers)}")
+    hidden = min(steps_of_training(scale, gpu), tokens_read(scale)["training text"][0] * token)
+    print(f"harvesting beside the steps would hide at most {hidden:.0f} s of {later:.0f}")
+
+
+if __name__ == "__main__":
+    main()
