@@ -323,7 +323,7 @@ class Forward(NamedTuple):
 
 
 class BlendedSAE(torch.nn.Module):
-    """n_seeds SAEs of one layer, stacked, in training units (E||x - b_dec||^2 = 1 at the start).
+    """The SAEs of one layer, stacked, in training units (E||x - b_dec||^2 = 1 at the start).
 
     x_c = x - b_dec      r = ||x_c||      c_i = cos(x_c, w_i)      w_i = column i of W_enc
     z_i = gate_i [ (1 - alpha) k r^e c_i + alpha x_c . w_i ] + b_enc_i
@@ -834,7 +834,7 @@ def execute(out_dir: Path, name: str, scale: Scale, ranks: Ranks, signals: Signa
     config |= {"probing_texts": None} if scale.world else prepare(scale, lm)
     clock.lap("first-letter probes and probing texts")
 
-    work = Work(training_identity(name, scale, lm, settings, experiment))
+    work = Work(ranks.first(training_identity(name, scale, lm, settings, experiment)))
     with work.claimed() if first else nullcontext():
         log = TrainingLog(work.folder / "training_log.jsonl", name, config, writes=first)
         checkpoints = Checkpoints(work.folder, work.identity, writes=first)

@@ -80,13 +80,15 @@ def tokens_read(scale: Scale) -> dict[str, tuple[float, float]]:
     }
 
 
-def steps_of_training(scale: Scale, gpu: Gpu) -> float:
+def steps_of_training(scale: Scale, gpu: Gpu, slower: float = 1.0) -> float:
     """Seconds of all steps of all layers: what the host launches, or what the GPU computes."""
     seeds, layers = len(scale.sae_targets), len(scale.layers)
     products = 12 * seeds * D * scale.d_sae * scale.batch_tokens / gpu.products / gpu.products_share
     passes = 30 * 2 * seeds * scale.batch_tokens * scale.d_sae / gpu.memory / gpu.memory_share
     weights = 2 * 4 * 12 * seeds * 2 * D * scale.d_sae / gpu.memory / gpu.memory_share
-    return scale.total_steps * layers * max(OPERATORS * LAUNCH, products + passes + weights)
+    return (
+        scale.total_steps * layers * max(OPERATORS * LAUNCH * slower, products + passes + weights)
+    )
 
 
 def scores(scale: Scale, slower: float = 1.0) -> tuple[float, float]:
@@ -105,7 +107,7 @@ def main() -> None:
         (f"language model: {what}, {first / 1e6:.1f} million tokens", first * token, later * token)
         for what, (first, later) in tokens_read(scale).items()
     ]
-    rows.append(("steps of nine SAEs (launches)", *[steps_of_training(scale, gpu)] * 2))
+    rows.append(("steps of nine SAEs", *[steps_of_training(scale, gpu)] * 2))
     rows.append(("first-letter probes, the model's own probes", PREPARE, 0))
     probing, absorption = scores(scale)
     rows += [("sparse probing", probing, probing), ("absorption", absorption, absorption)]
@@ -117,6 +119,7 @@ def main() -> None:
     print(f"\nwith two read-outs of every SAE {(first + 2 * probing) / 60:.0f} and "
           f"{(later + 2 * probing) / 60:.0f} min")  # fmt: skip
     slow = sum(scores(scale, slower=2.0)) - probing - absorption + PREPARE
+    slow += steps_of_training(scale, gpu, slower=2.0) - steps_of_training(scale, gpu)
     print(f"a first run on a host core of half the speed: {first + slow:.0f} s")
     print(f"the model reads {1 / token:,.0f} tokens/s to layer {max(scale.layers)}")
     hidden = min(steps_of_training(scale, gpu), tokens_read(scale)["training text"][0] * token)

@@ -87,7 +87,10 @@ class Ranks:
     def total_(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, which becomes its sum over the processes."""
         if self.world > 1:
-            dist.all_reduce(tensor)
+            shared = tensor.to(training_device())  # NCCL takes none of the CPU
+            dist.all_reduce(shared)
+            if shared is not tensor:
+                tensor.copy_(shared)
         return tensor
 
     def average_(self, *tensors: torch.Tensor) -> None:

@@ -74,11 +74,11 @@ def check_trained_on_this(trainer: Trained, record: dict, rows_ND: torch.Tensor)
     with trainer.averaged():
         now = trainer.sae(rows_ND * trainer.units.scale, alphas, nothing, torch.float32)
     for name, found in (("l0", now.l0_S), ("mse", now.mse_S)):
-        for seed, (logged, value) in enumerate(zip(record[name], found.tolist(), strict=True)):
+        for i, (logged, value) in enumerate(zip(record[name], found.tolist(), strict=True)):
             low, high = sorted((logged, value))
             require(
                 low >= 0 and high <= 2 * low + 1e-6,
-                f"layer {trainer.layer}, seed {seed}: the last step logged {name} {logged:.3g}, "
+                f"layer {trainer.layer}, SAE {i}: the last step logged {name} {logged:.3g}, "
                 f"but the saved SAE has {value:.3g} on held-out text: step() does not train on "
                 "what the SAE will read; nothing was evaluated",
             )

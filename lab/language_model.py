@@ -135,6 +135,8 @@ class LanguageModel:
         shape, words = (contexts, length), self.model.config.vocab_size
         tokens_BL = torch.randint(words, shape, generator=generator)
         tokens_BL[:, 0] = self.tokenizer.bos_token_id
+        self.residuals(tokens_BL)  # where memory asks for it, fewer contexts go at a time from here
+        tokens_BL = tokens_BL[: self.most_contexts]
         blocks = self._blocks[: max(self.layers) + 1]
         self.identity |= {"compiled": compile_blocks(blocks, self.residuals, tokens_BL)}
 

@@ -171,13 +171,13 @@ def not_enough_room(
     """Disk, memory and GPU memory a scale needs and this machine has not."""
     from huggingface_hub import constants
 
-    layers = len(scale.layers)
+    layers, scored = len(scale.layers), DTYPE_BYTES[scale.evaluation_dtype]
     sae_bytes = layers * len(scale.sae_targets) * 2 * model.d_in * scale.d_sae * 4
     # Half of a vocabulary is words; each is an example for probes, and prompts for every SAE.
     words = scale.absorption_words or model.vocabulary // 2
     prompts = 25_000 * (model.d_in / 2304) * words * layers
     texts = 5 * (scale.probe_train_set_size + scale.probe_test_set_size) // 2 * len(scale.tasks)
-    means = texts * layers * model.d_in * 2
+    means = texts * (layers * model.d_in * scored + scale.context_length * 8)  # and their tokens
     needs = [
         (Path(constants.HF_HOME), model.to_fetch / GB + 4),  # and SAE-Bench's datasets
         # Two checkpoints of weights, two moments and an average, and the SAEs as they are saved.
@@ -195,11 +195,13 @@ def not_enough_room(
             yield f"free disk space at {found[0][0]}: {free:.1f} GB of the {needed:.1f} GB needed"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
     # The weights on their way, or the latents of a task's texts; beside them the packages.
-    on_host = max(2 * model.parameters, latents_held(scale, n_readouts)) / GB + 3
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    on_host = processes * (2 * model.parameters / GB + 3)
+    on_host = max(on_host, latents_held(scale, n_readouts) / GB + 3)
     if memory < on_host:
         yield f"memory: this machine has {memory:.1f} GB of about {on_host:.1f} GB needed"
     if torch.cuda.is_available():
-        needed = gpu_needs(scale, model)
+        needed = gpu_needs(scale, model, n_readouts)
         free = torch.cuda.mem_get_info(training_device())[0] / GB
         if free < sum(needed.values()) / GB:
             parts = ", ".join(f"{what} {size / GB:.1f}" for what, size in needed.items())
@@ -209,8 +211,9 @@ def not_enough_room(
             )
 
 
-def gpu_needs(scale: Scale, model: ModelNeeds) -> dict[str, float]:
-    """Bytes of GPU memory at the most, by what takes them (tests/test_gpu_memory.py counts)."""
+def gpu_needs(scale: Scale, model: ModelNeeds, n_readouts: int = 0) -> dict[str, float]:
+    """Bytes of GPU memory at the most, by what takes them (tests/test_gpu_memory.py counts those of
+    training)."""
     layers, saes = len(scale.layers), len(scale.sae_targets)
     one_layer = saes * 2 * model.d_in * scale.d_sae * 4
     dtype = DTYPE_BYTES[scale.training_dtype]
@@ -218,12 +221,18 @@ def gpu_needs(scale: Scale, model: ModelNeeds) -> dict[str, float]:
     block = scale.block_contexts * scale.context_length * (layers * model.d_in * 2 + ROW_BYTES)
     calibrating = 3 * COLUMNS / model.d_in / layers  # in bfloat16 and in float32
     training = block * (1.1 + calibrating) + step
-    scored = 8 * scale.context_length * model.vocabulary * (2 + 4 + 4)  # logits
+    logits = 8 * scale.context_length * model.vocabulary * (2 + 4 + 4)
+    # The saved SAEs and their read-outs, and latents: sums over a class of probing texts for all of
+    # them, or those of the words that one's first-letter probes are trained on, twice.
+    scored, read = DTYPE_BYTES[scale.evaluation_dtype], layers * saes * (1 + n_readouts)
+    words = scale.absorption_words or model.vocabulary // 2
+    latents = max(read * scale.probe_train_set_size / 2 * 4, 2 * 0.8 * words * scored)
+    scores = scale.d_sae * (read * 2 * model.d_in * scored + latents)
     return {
         # Read once in bfloat16, and again in the dtype of the scores where that is another.
         "language model": model.parameters
-        * (2 if scale.evaluation_dtype == "bfloat16" else 2 + DTYPE_BYTES[scale.evaluation_dtype]),
+        * (2 if scale.evaluation_dtype == "bfloat16" else 2 + scored),
         # Weights, gradients, two moments, average; of the layer that steps what it is computed by.
         "SAEs": (5 * layers + 2) * one_layer,
-        "training or cross-entropy": max(training, scored),
+        "training, cross-entropy or scores": max(training, logits, scores),
     }

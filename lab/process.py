@@ -198,8 +198,8 @@ def _reason(error: BaseException) -> str:
 def _of_memory(error: BaseException) -> str | None:
     if isinstance(error, torch.OutOfMemoryError):
         return (
-            "the GPU's memory is full: free it, or lower block_contexts, n_seeds or d_sae of the "
-            f"scale, then {AGAIN}"
+            "the GPU's memory is full: free it, or lower block_contexts, n_seeds or d_sae of "
+            f"the scale, or name fewer target_l0s, then {AGAIN}"
         )
     if isinstance(error, MemoryError) or "can't allocate memory" in _reason(error):  # torch's words
         return f"memory is full: free some, or lower block_contexts or n_seeds, then {AGAIN}"

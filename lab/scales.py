@@ -97,7 +97,7 @@ class Scale:
         targets = self.target_l0s
         check(
             bool(targets)
-            and len(set(targets)) == len(targets)
+            and len({f"{target:g}" for target in targets}) == len(targets)  # as they are named
             and all(0 < target < self.d_sae for target in targets),
             f"target_l0s={targets} must name one target or more, each once, above 0 and below "
             f"d_sae={self.d_sae}",

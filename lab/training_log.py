@@ -111,13 +111,13 @@ def settled(records: list[dict]) -> list[dict]:
 
 def finite(plain: dict) -> dict:
     """A record as it is; raises ExperimentError if its loss is not finite."""
-    for seed, loss in enumerate(plain["loss"]):
+    for i, loss in enumerate(plain["loss"]):
         if not math.isfinite(loss):
             parts = ", ".join(
-                f"{k}={plain[k][seed]:.4g}" for k in ("mse", "l1", "lambda", "grad_norm")
+                f"{k}={plain[k][i]:.4g}" for k in ("mse", "l1", "lambda", "grad_norm")
             )
             raise ExperimentError(
-                f"the loss is {loss} at step {plain['step']}, layer {plain['layer']}, seed {seed} "
+                f"the loss is {loss} at step {plain['step']}, layer {plain['layer']}, SAE {i} "
                 f"({parts}): lower learning_rate or look at the activations; nothing was evaluated"
             )
     return plain

@@ -837,7 +837,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_seed_and_values(run, scale, c
     process = run("--out_dir=run_7", patch=spoil, **often)
     assert_refused(process, "the loss is ", "nothing was evaluated")
     assert re.search(
-        r"the loss is inf at step 3, layer 1, seed 1 "
+        r"the loss is inf at step 3, layer 1, SAE 1 "
         r"\(mse=inf, l1=\S+, lambda=0\.0\d+, grad_norm=\S+\)",
         process.stderr,
     )

@@ -388,9 +388,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_layer_seed_and_values(keeper,
     keeper.note(1, 100, [record(0)])
     keeper.checkpoint(1, state_at(1))
     keeper.note(2, 100, [record(1, loss)])
-    with pytest.raises(
-        ExperimentError, match=f"loss is {loss} at step 1, layer 1, seed 1"
-    ) as error:
+    with pytest.raises(ExperimentError, match=f"loss is {loss} at step 1, layer 1, SAE 1") as error:
         keeper.flush()
     assert all(f"{name}=" in str(error.value) for name in ("mse", "l1", "lambda", "grad_norm"))
     log = TrainingLog(tmp_path / "log", "run_1", {})

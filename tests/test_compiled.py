@@ -64,10 +64,10 @@ def test_blocks_that_compute_something_else_are_not_used(lm, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("off", [0.0, 1e-5, 0.2, torch.nan, torch.inf])
-def test_agreement_is_the_mean_relative_distance_of_a_token(off):
-    x = torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])
+def test_agreement_is_the_relative_distance_at_the_worst_position(off):
+    x = torch.tensor([[[3.0, 4.0], [0.0, 1.0]], [[0.0, 2.0], [1.0, 1.0]]])
     found = x.clone()
-    found[0, 0, 0] += 5 * off
+    found[0, 0, 0] += 5 * off  # of one of two contexts
     expected = off / 2 if off < 1 else torch.inf
     assert lab.compiled.difference(found, x) == pytest.approx(expected, rel=1e-2)
 

@@ -448,7 +448,7 @@ def together(patch: str, **how) -> list[subprocess.CompletedProcess]:
 def test_two_processes_with_a_gpu_each_follow_the_curve_of_one_also_when_stopped(
     scale, cache, tmp_path
 ):
-    scale = replace(scale, training_dtype="float32")
+    scale = replace(scale, training_dtype="float32", keep_activations=True)  # rows of the CPU
     how = {"scale": scale, "cache": cache, "quick": True}
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:

@@ -137,7 +137,7 @@ def test_saes_that_are_far_from_what_the_last_step_logged_stop_the_evaluation(tr
     for name in ("l0", "mse"):
         for factor in (0.1, 10):
             other = [logged[name][0], factor * logged[name][1]]
-            with pytest.raises(ExperimentError, match=f"layer 1, seed 1: .* logged {name} "):
+            with pytest.raises(ExperimentError, match=f"layer 1, SAE 1: .* logged {name} "):
                 check(trained, **{name: other})
 
 
