@@ -139,7 +139,7 @@ def gaps(kind=experiment.BlendedSAE, steps: int = 600, **changes) -> tuple[list[
     recipe = experiment.Recipe(learning_rate=1e-2)
     with mock.patch.object(experiment, "BlendedSAE", kind):
         trainer = experiment.Trainer(
-            scale, recipe, experiment.RUNS["run_7"], 0, calibrate(x[:20_000]), Ranks()
+            scale, recipe, experiment.RUNS["run_7"], 0, calibrate(x[:20_000], Ranks()), Ranks()
         )
     for rows in x.split(batch)[:steps]:
         logged = trainer.step(rows)
