@@ -6,7 +6,7 @@ This program's side is measured whole: the seconds that the committed study's ru
 (results/laptop/*/config.json: training of all seeds, fidelity, probing with its read-out checks,
 absorption).  The peers' side is R runs x S seeds of SAELens trainings and stock SAE-Bench
 evaluations, EXTRAPOLATED: tokens times the seconds a token that compare_training.py measured, and
-the seconds per SAE of compare_evaluation.py, its sparse probing scaled from the classes it was
+the seconds per SAE of compare_stock.py, its sparse probing scaled from the classes it was
 measured on to all of them.  Left out on the peers' side, in their favour: loading models, the first
 evaluation's language-model work, and the read-out checks.  Writes results/compare_study.json.
 """
@@ -30,7 +30,7 @@ UNITS = "avx512_bf16"  # of the machine that results/laptop was made on
 def main() -> None:
     scale = SCALES["laptop"]
     training, evaluation = (
-        machine.measured(name, UNITS) for name in ("compare_training", "compare_evaluation")
+        machine.measured(name, UNITS) for name in ("compare_training", "compare_stock")
     )
     classes = {name: len(task) for name, task in TASKS.items()}
     whole = sum(classes[name] for name in scale.tasks)

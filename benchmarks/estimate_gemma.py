@@ -45,7 +45,7 @@ CLASSES, TEXTS_A_CLASS, TEXT_TOKENS = 36, 2500, 128  # the eight tasks at 4,000 
 WORDS = 130_000  # alphabetic tokens of the vocabulary
 PROMPT_TOKENS = 83  # ten examples and the word, less what nobody reads
 TEST_SHARE = 0.2  # of the words: SAEs are asked about these
-# ── One SAE's scores on one core of an EPYC, seconds (profile beside compare_scoring.py) ─────────
+# ── One SAE's scores on one core of an EPYC, seconds (profile beside compare_evaluation.py) ──────
 K_SPARSE_FITS = 0.16  # a class of 2,000 + 500 texts, six k: scikit-learn
 WORDS_OF_32_000 = 1.6  # absorption at 32,000 words but for encoding and the l1 probe
 PROBE_ON_ALL = 100 * 16 * 14  # operators a class: epochs, batches, operators of a step
