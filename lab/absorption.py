@@ -26,7 +26,7 @@ def first_letter_probes(scale: Scale, lm: LanguageModel, layer: int) -> Path:
         say(f"training SAE-Bench's first-letter probes at layer {layer} (once)")
         with sae_bench(scale, lm) as bench:
             # The same prompts at every layer: the language model reads them once for all.
-            seed = scale.evaluation_seed, "first-letter probes", scale.layers[0]
+            seed = scale.evaluation_seed, "first-letter probes", scale.layers[-1]
             seed_everything("evaluation", *seed)
             where = {
                 "base_template": config.prompt_template,
@@ -56,7 +56,7 @@ def first_letter_probes(scale: Scale, lm: LanguageModel, layer: int) -> Path:
         tensors |= {"X": parts["train"][0].contiguous(), "y": parts["train"][1]}
         save_tensors(tensors, folder / "probe.safetensors")
 
-    about = {"layer": layer, "prompts_of": scale.layers[0], "words": scale.absorption_words}
+    about = {"layer": layer, "prompts_of": scale.layers[-1], "words": scale.absorption_words}
     key = disjoint(evaluation_key(scale, lm), about)
     return cached("first-letter-probes", key, build)
 

@@ -150,11 +150,12 @@ def test_no_code_is_fetched_from_the_hub_and_none_executed(hub, undisturbed):
     assert (hub.folder / "datasets" / "codeparrot" / "github-code" / "github-code.py").exists()
 
 
-def test_no_residual_of_the_probing_texts_is_kept_on_disk(cache, undisturbed):
+def test_of_the_probing_texts_residuals_nothing_but_means_is_kept_on_disk(cache, undisturbed):
     """SAE-Bench's way would take 53 GB a layer at the full size."""
     kept = [p for kind in ("probing", "residuals") for p in (cache / kind).rglob("*.safetensors")]
-    tokens = 36 * (40 + 20) // 2 * 32 * 8  # classes, texts of each, positions, bytes
-    assert sum(path.stat().st_size for path in kept) < 2 * tokens + 300 * len(kept)
+    texts = 36 * (40 + 20) // 2  # classes, texts of each
+    tokens, means = texts * 32 * 8, texts * len(LAYERS) * 64 * 2  # positions; width; bytes
+    assert sum(path.stat().st_size for path in kept) < tokens + means + 300 * len(kept)
 
 
 # ── Killed and started again ─────────────────────────────────────────────────────────────────────
