@@ -2,9 +2,8 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from lab.language_model import LanguageModel
 from lab.metrics import finite_or_none
 from lab.probing import evaluate_probing, probing_artifacts
 from lab.process import Clock, require, say
-from lab.results import layer_results, of_seeds, readout_results, title
+from lab.results import each_target, layer_results, readout_results, title, units_notes
 from lab.saved_sae import Trained, check_saved, load_sae
 from lab.scales import Scale
 from lab.storage import json_text, remembered, versions
@@ -141,32 +140,23 @@ def evaluate(
         absorption[layer] = part(f"absorption_layer_{layer}", compute)
     clock.lap("absorption")
 
-    entries, n = {}, scale.n_seeds
-    for layer, (i, target) in product(saved, enumerate(scale.target_l0s)):
-        name, seeds = title(scale, layer, target), slice(i * n, (i + 1) * n)
-        own = [of_seeds(record, seeds) for record in records if record["layer"] == layer]
-        decoders = [load_sae(path).W_dec for path in [*saved[layer].values()][seeds]]
-        entries[name] = layer_results(
-            replace(scale, target_l0s=(target,)),
-            own,
-            fidelities[layer][seeds],
-            probing[layer, None][seeds],
-            absorption[layer][seeds],
-            decoders,
-        )
-        entries[name]["notes"] = {
-            "activation_scale": units[layer].scale,
-            "outlier_norm": units[layer].outlier_norm,
-            "outlier_fraction": units[layer].outlier_fraction,
-        }
-        if None in absorption[layer][seeds]:
-            f1 = load_file(first_letter_probes(scale, lm, layer) / "probe.safetensors")["f1"]
-            entries[name]["notes"]["absorption"] = (
-                "null: SAE-Bench needs 20 letters whose probe reaches F1 0.6; of "
-                f"{len(first_letter_words(scale, lm))} words as layer {layer} of {lm.name} has "
-                f"them, {int((f1 > 0.6).sum())} letters do: more words, or a model that spells"
-            )
-        for alpha in readout_alphas:
-            found = readout_results(scale, probing[layer, alpha][seeds])
-            entries[f"{name}, read out with alpha = {alpha:g}"] = found
+    entries = {}
+    for layer in saved:
+        decoders = [load_sae(path).W_dec for path in saved[layer].values()]
+        for target_l0, seeds, own in each_target(scale, layer, records):
+            notes = units_notes(units[layer])
+            if None in absorption[layer][seeds]:
+                f1 = load_file(first_letter_probes(scale, lm, layer) / "probe.safetensors")["f1"]
+                notes["absorption"] = (
+                    "null: SAE-Bench needs 20 letters whose probe reaches F1 0.6; of "
+                    f"{len(first_letter_words(scale, lm))} words as layer {layer} of {lm.name} has "
+                    f"them, {int((f1 > 0.6).sum())} letters do: more words, or a model that spells"
+                )
+            scores = fidelities[layer], probing[layer, None], absorption[layer], decoders
+            of_target = (of_layer[seeds] for of_layer in scores)
+            found = layer_results(scale, target_l0, own, *of_target)
+            entries[title(scale, layer, target_l0)] = found | {"notes": notes}
+            for alpha in readout_alphas:
+                found = readout_results(scale, probing[layer, alpha][seeds])
+                entries[title(scale, layer, target_l0, alpha)] = found
     return entries, folder

@@ -9,23 +9,15 @@ An SAE that absorbs lets the child's latent carry the parent too, and the parent
 Promises that all of it is measured on rows that no SAE was trained on.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from lab.activations import Calibration, harvest
-from lab.metrics import (
-    between_seeds,
-    finite_or_none,
-    mean_or_none,
-    pairwise_mcc,
-    stability,
-    stderr_or_none,
-)
+from lab.metrics import between_seeds, pairwise_mcc, stability
 from lab.process import Clock
-from lab.results import of_seeds, shown, title
+from lab.results import by_metric, each_target, entry, title, units_notes
 from lab.saved_sae import decoder_rows, load_sae, read_out
 from lab.scales import Scale
 from lab.synthetic import KnownWorld
@@ -114,7 +106,7 @@ def truth_of(sae, lm: KnownWorld, x_ND: torch.Tensor, on_NK: torch.Tensor) -> di
     )
     fires_NF, directions_KD = torch.cat([f > 0 for f in parts]), lm.directions_KD.to(x_ND.device)
     edges = edges_of(fires_NF, sae.W_dec, on_NK, directions_KD, lm.world.edges)
-    found = {
+    return {
         "absorption_gap": edges.gap,
         "parent_fires_alone": edges.fires,
         "parent_cosine": edges.cosine,
@@ -125,7 +117,6 @@ def truth_of(sae, lm: KnownWorld, x_ND: torch.Tensor, on_NK: torch.Tensor) -> di
         "l0": fires_NF.sum(1).float().mean().item(),
         "dead": 1 - fires_NF.any(0).float().mean().item(),
     }
-    return {name: finite_or_none(value) for name, value in found.items()}
 
 
 def evaluate_truth(
@@ -143,51 +134,30 @@ def evaluate_truth(
     place of SAE-Bench's files."""
     rows_NLD = harvest(lm, heldout_NL, scale.lm_batch)
     numbers = heldout_NL[~lm.is_special(heldout_NL)]
-    entries, n = {}, scale.n_seeds
+    entries = {}
     for i, layer in enumerate(lm.layers):
         x_ND, on_NK = rows_NLD[:, i].float(), lm.on_NK[numbers].to(rows_NLD.device)
         kept = x_ND.norm(dim=-1) <= units[layer].outlier_norm
         held = x_ND[kept], on_NK[kept]
         saes = [load_sae(path).to(lm.device) for path in saved[layer].values()]
-        own = [record for record in records if record["layer"] == layer]
-        for j, target in enumerate(scale.target_l0s):
-            seeds = slice(j * n, (j + 1) * n)
-            name, lines = title(scale, layer, target), [of_seeds(record, seeds) for record in own]
-            truths = [truth_of(sae, lm, *held) for sae in saes[seeds]]
+        known = {"norm_spread": lm.world.norm_spreads[layer], "true_l0": lm.world.true_l0}
+        for target_l0, seeds, own in each_target(scale, layer, records):
+            curves = ("loss", "mse", "grad_norm")
             trained = [
-                stability(*([r[what][s] for r in lines] for what in ("loss", "mse", "grad_norm")))
-                for s in range(n)
+                stability(*([r[name][s] for r in own] for name in curves))
+                for s in range(scale.n_seeds)
             ]
-            pairs = between_seeds([sae.W_dec.cpu() for sae in saes[seeds]], pairwise_mcc)
-            entries[name] = entry(
-                [
-                    {**a, **b, "decoder_pw_mcc": c}
-                    for a, b, c in zip(truths, trained, pairs, strict=True)
-                ],
-                {"l0_target": target, "training_steps": float(len(lines))},
-            )
-            entries[name]["notes"] = {
-                "norm_spread": lm.world.norm_spreads[layer],
-                "true_l0": lm.world.true_l0,
-                "activation_scale": units[layer].scale,
-                "outlier_norm": units[layer].outlier_norm,
-                "outlier_fraction": units[layer].outlier_fraction,
-            }
+            truths = [truth_of(sae, lm, *held) for sae in saes[seeds]]
+            values = by_metric([a | b for a, b in zip(truths, trained, strict=True)])
+            decoders = [sae.W_dec.cpu() for sae in saes[seeds]]
+            values["decoder_pw_mcc"] = between_seeds(decoders, pairwise_mcc)
+            alone = {"l0_target": target_l0, "training_steps": float(len(own))}
+            found = entry(values, alone) | {"notes": known | units_notes(units[layer])}
+            entries[title(scale, layer, target_l0)] = found
             for alpha in readout_alphas:
                 swapped = [truth_of(read_out(sae, alpha), lm, *held) for sae in saes[seeds]]
-                entries[f"{name}, read out with alpha = {alpha:g}"] = entry(swapped, {})
+                entries[title(scale, layer, target_l0, alpha)] = entry(by_metric(swapped), {})
     clock.lap("ground truth")
     folder = work / "eval"
     folder.mkdir(parents=True, exist_ok=True)
     return entries, folder
-
-
-def entry(per_seed: Iterable[dict], settings: dict[str, float]) -> dict:
-    """An entry of final_info.json from a dictionary of metrics for each seed."""
-    per_seed = list(per_seed)
-    values = {name: [seed[name] for seed in per_seed] for name in per_seed[0]}
-    means = {name: mean_or_none(v) for name, v in values.items()} | settings
-    stderrs = {name: stderr_or_none(v) for name, v in values.items()} | dict.fromkeys(settings)
-    if "decoder_pw_mcc" in stderrs:  # pairs share seeds: their spread is no standard error
-        stderrs["decoder_pw_mcc"] = None
-    return {**shown(means, stderrs), "final_info_dict": values}

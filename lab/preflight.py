@@ -20,7 +20,6 @@ from lab.storage import cache_root
 from lab.training_log import check_wandb
 
 GB = 1e9
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 ROW_BYTES = 32  # of a block's row: its norms, and its place in the order of batches
 
 
@@ -165,16 +164,20 @@ def needs_of_model(scale: Scale) -> ModelNeeds:
     return ModelNeeds(config.hidden_size, config.vocab_size, parameters, to_fetch)
 
 
+def words_of(scale: Scale, model: ModelNeeds) -> int:
+    """Half of a vocabulary is words."""
+    return scale.absorption_words or model.vocabulary // 2
+
+
 def not_enough_room(
     scale: Scale, out_dir: Path, model: ModelNeeds, n_readouts: int = 0
 ) -> Iterator[str]:
     """Disk, memory and GPU memory a scale needs and this machine has not."""
     from huggingface_hub import constants
 
-    layers, scored = len(scale.layers), DTYPE_BYTES[scale.evaluation_dtype]
+    layers, scored = len(scale.layers), getattr(torch, scale.evaluation_dtype).itemsize
     sae_bytes = layers * len(scale.sae_targets) * 2 * model.d_in * scale.d_sae * 4
-    # Half of a vocabulary is words; each is an example for probes, and prompts for every SAE.
-    words = scale.absorption_words or model.vocabulary // 2
+    words = words_of(scale, model)  # each is an example for probes, and prompts for every SAE
     prompts = 25_000 * (model.d_in / 2304) * words * layers
     texts = 5 * (scale.probe_train_set_size + scale.probe_test_set_size) // 2 * len(scale.tasks)
     means = texts * (layers * model.d_in * scored + scale.context_length * 8)  # and their tokens
@@ -216,7 +219,7 @@ def gpu_needs(scale: Scale, model: ModelNeeds, n_readouts: int = 0) -> dict[str,
     training)."""
     layers, saes = len(scale.layers), len(scale.sae_targets)
     one_layer = saes * 2 * model.d_in * scale.d_sae * 4
-    dtype = DTYPE_BYTES[scale.training_dtype]
+    dtype = getattr(torch, scale.training_dtype).itemsize
     step = saes * scale.batch_tokens * (6 * scale.d_sae * dtype + 5 * model.d_in * 4)
     block = scale.block_contexts * scale.context_length * (layers * model.d_in * 2 + ROW_BYTES)
     calibrating = 3 * COLUMNS / model.d_in / layers  # in bfloat16 and in float32
@@ -224,8 +227,8 @@ def gpu_needs(scale: Scale, model: ModelNeeds, n_readouts: int = 0) -> dict[str,
     logits = 8 * scale.context_length * model.vocabulary * (2 + 4 + 4)
     # The saved SAEs and their read-outs, and latents: sums over a class of probing texts for all of
     # them, or those of the words that one's first-letter probes are trained on, twice.
-    scored, read = DTYPE_BYTES[scale.evaluation_dtype], layers * saes * (1 + n_readouts)
-    words = scale.absorption_words or model.vocabulary // 2
+    scored, read = getattr(torch, scale.evaluation_dtype).itemsize, layers * saes * (1 + n_readouts)
+    words = words_of(scale, model)
     latents = max(read * scale.probe_train_set_size / 2 * 4, 2 * 0.8 * words * scored)
     scores = scale.d_sae * (read * 2 * model.d_in * scored + latents)
     return {

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
+from lab.adam import adam_, moments_of
+
 F1_JUMP = 0.03  # SAE-Bench's f1_jump_threshold: less than this, and another latent is no split
 SPARSE = 1 / 8  # fewer latents fire: products with rows of nonzero latents alone are faster
 
@@ -77,7 +79,7 @@ def train_sparse_multi_probe(
     order = in_whole_batches(TensorDataset(torch.arange(n)), batch_size, shuffle=True)
     probe = theirs.LinearProbe(d_sae, num_outputs=y_train.shape[-1]).to(device, dtype)
     weight, bias = probe.weights.data, probe.biases.data
-    moments = [(p, torch.zeros_like(p), torch.zeros_like(p)) for p in (weight, bias)]
+    moments = moments_of(weight, bias)
     sparse = device.type == "cpu" and dtype == torch.float32
     if sparse := sparse and x_train.count_nonzero().item() < SPARSE * x_train.numel():
         from scipy.sparse import csr_matrix
@@ -93,14 +95,9 @@ def train_sparse_multi_probe(
                 loss(logits_BK, letters_NK[rows.to(device)]).backward()
             error_BK = logits_BK.grad
             step += 1
-            correction = (1 - 0.999**step) ** 0.5
             grads = x.gradient(error_BK) + l1 * weight.sign(), error_BK.sum(0)
-            for (p, mean, square), grad in zip(moments, grads, strict=True):
-                grad = grad.add(p, alpha=l2_decay)
-                mean.lerp_(grad, 0.1)
-                square.mul_(0.999).addcmul_(grad, grad, value=0.001)
-                scale = (square.sqrt() / correction).add_(1e-8)
-                p.addcdiv_(mean, scale, value=-lr / (1 - 0.9**step))
+            decayed = [g.add(p, alpha=l2_decay) for g, p in zip(grads, (weight, bias), strict=True)]
+            adam_(moments, decayed, lr, step)
         lr *= decay
     return probe
 

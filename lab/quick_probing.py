@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 
+from lab.adam import adam_, moments_of
+
 
 @torch.no_grad()
 def train_probe_gpu(
@@ -33,7 +35,7 @@ def train_probe_gpu(
     assert l1_penalty is None, "SAE-Bench's sparse probing has none"
     probe = Probe(dim, train_inputs.dtype).to(train_inputs.device)
     weight, bias = probe.net.weight.data, probe.net.bias.data
-    moments = [(p, torch.zeros_like(p), torch.zeros_like(p)) for p in (weight, bias)]
+    moments = moments_of(weight, bias)
     targets, step = train_labels.to(train_inputs.dtype), 0
     best, best_probe, waited = 0.0, None, 0
     for _epoch in range(epochs):
@@ -42,15 +44,10 @@ def train_probe_gpu(
             z_B1 = torch.nn.functional.linear(x_BD, weight, bias)
             error_B1 = (z_B1.sigmoid() - targets[rows, None]) / len(rows)
             step += 1
-            correction = (1 - 0.999**step) ** 0.5
-            for (p, mean, square), grad in zip(
-                moments, (error_B1.T @ x_BD, error_B1.sum(0)), strict=True
-            ):
+            grads = error_B1.T @ x_BD, error_B1.sum(0)
+            for p in (weight, bias):
                 p.mul_(1 - lr * 0.01)
-                mean.lerp_(grad, 0.1)
-                square.mul_(0.999).addcmul_(grad, grad, value=0.001)
-                scale = (square.sqrt() / correction).add_(1e-8)
-                p.addcdiv_(mean, scale, value=-lr / (1 - 0.9**step))
+            adam_(moments, grads, lr, step)
         z_N = torch.cat([probe(x) for x in test_inputs.split(batch_size)])
         accuracy = ((z_N > 0).long() == test_labels).float().mean().item()
         if accuracy > best:

@@ -1,7 +1,10 @@
 """final_info.json: an entry for each layer and each read-out, from one value per seed."""
 
+from collections.abc import Iterator
+
 import torch
 
+from lab.activations import Calibration
 from lab.fidelity import Fidelity
 from lab.metrics import (
     ABSORPTION_NAMES,
@@ -21,28 +24,46 @@ from lab.scales import Scale
 from lab.seeds import seed_for
 
 
-def title(scale: Scale, layer: int, target_l0: float) -> str:
-    """Of an entry of final_info.json."""
-    alone = len(scale.target_l0s) == 1
-    return f"{scale.name} layer {layer}" + ("" if alone else f", L0 {target_l0:g}")
+def title(scale: Scale, layer: int, target_l0: float, alpha: float | None = None) -> str:
+    """Of an entry of final_info.json; with `alpha` of its read-out."""
+    at = "" if len(scale.target_l0s) == 1 else f", L0 {target_l0:g}"
+    read = "" if alpha is None else f", read out with alpha = {alpha:g}"
+    return f"{scale.name} layer {layer}{at}{read}"
+
+
+def each_target(
+    scale: Scale, layer: int, records: list[dict]
+) -> Iterator[tuple[float, slice, list[dict]]]:
+    """(target L0, where its SAEs stand in the layer's stack, the training log's lines with their
+    values alone) for every target of a scale."""
+    for i, target_l0 in enumerate(scale.target_l0s):
+        seeds = slice(i * scale.n_seeds, (i + 1) * scale.n_seeds)
+        yield target_l0, seeds, [of_seeds(r, seeds) for r in records if r["layer"] == layer]
 
 
 def of_seeds(record: dict, seeds: slice) -> dict:
-    """A line of the training log with the values of some of its SAEs alone."""
     return {name: v[seeds] if isinstance(v, list) else v for name, v in record.items()}
+
+
+def units_notes(units: Calibration) -> dict:
+    """What an entry says of the units that its SAEs were trained in."""
+    return {
+        "activation_scale": units.scale,
+        "outlier_norm": units.outlier_norm,
+        "outlier_fraction": units.outlier_fraction,
+    }
 
 
 def layer_results(
     scale: Scale,
+    target_l0: float,
     records: list[dict],
     fidelities: list[Fidelity],
     probing: list[dict],
     absorption: list[dict | None],
     decoders: list[torch.Tensor],
 ) -> dict:
-    """final_info.json's entry of one layer, from one value per seed of everything.
-
-    `scale`: with the one target L0 that the entry is of; `records`: of its seeds alone."""
+    """final_info.json's entry of one layer and target, from one value per seed of everything."""
     per_seed = [
         stability(*([r[name][s] for r in records] for name in ("loss", "mse", "grad_norm")))
         | fidelities[s]._asdict()
@@ -54,7 +75,7 @@ def layer_results(
         }
         for s in range(scale.n_seeds)
     ]
-    values = {name: [seed[name] for seed in per_seed] for name in per_seed[0]}
+    values = by_metric(per_seed)
     letters: dict[str, dict[str, list[float]]] = {}
     for name, (_, detail) in ABSORPTION_NAMES.items():
         rates = [
@@ -75,21 +96,11 @@ def layer_results(
         for d in decoders
     ]
     values["decoder_pw_mcc_null"] = between_seeds(random_decoders, pairwise_mcc)
-    values = {name: [finite_or_none(x) for x in v] for name, v in values.items()}
-    means = {name: mean_or_none(v) for name, v in values.items()}
-    stderrs = {name: stderr_or_none(v) for name, v in values.items()}
-    for name in values:  # pairs share seeds: their spread is no standard error
-        if name.startswith("decoder_pw_mcc") or name.endswith("rank_correlation"):
-            stderrs[name] = None
+    alone = {"l0_target": target_l0, "training_steps": float(len(records))}
     for name in ("absorption_full", "absorption_fraction", "probing_top_1"):
-        means[f"{name}_sd_over_seeds"] = sd_or_none(values[name])
-        stderrs[f"{name}_sd_over_seeds"] = None
-    (target,) = scale.target_l0s
-    means |= {"l0_target": target, "training_steps": float(len(records))}
-    stderrs |= dict.fromkeys(("l0_target", "training_steps"))
+        alone[f"{name}_sd_over_seeds"] = sd_or_none([finite_or_none(x) for x in values[name]])
     return {
-        **shown(means, stderrs),
-        "final_info_dict": values,
+        **entry(values, alone),
         "per_letter": letters,
         **probing_details(scale, probing),
         "sae_bench": {
@@ -99,10 +110,25 @@ def layer_results(
     }
 
 
-def shown(means: dict, stderrs: dict) -> dict:
-    """What an agent's loop reads of an entry, to 4 digits; final_info_dict has them all."""
-    both = {"means": means, "stderrs": stderrs}
-    return {what: {name: rounded(v) for name, v in found.items()} for what, found in both.items()}
+def by_metric(per_seed: list[dict]) -> dict[str, list]:
+    """{metric: one value per seed} of a dictionary of metrics for each seed."""
+    return {name: [seed[name] for seed in per_seed] for name in per_seed[0]}
+
+
+def entry(values: dict[str, list], alone: dict[str, float | None]) -> dict:
+    """What every entry has: means and standard errors to 4 digits, which an agent's loop reads, and
+    final_info_dict with one value per seed.  `alone`: what is one number for all of them."""
+    values = {name: [finite_or_none(x) for x in v] for name, v in values.items()}
+    means = {name: mean_or_none(v) for name, v in values.items()} | alone
+    stderrs = {name: stderr_or_none(v) for name, v in values.items()} | dict.fromkeys(alone)
+    for name in values:  # pairs share seeds: their spread is no standard error
+        if name.startswith("decoder_pw_mcc") or name.endswith("rank_correlation"):
+            stderrs[name] = None
+    return {
+        "means": {name: rounded(v) for name, v in means.items()},
+        "stderrs": {name: rounded(v) for name, v in stderrs.items()},
+        "final_info_dict": values,
+    }
 
 
 def probing_details(scale: Scale, probing: list[dict]) -> dict:
@@ -121,14 +147,8 @@ def readout_results(scale: Scale, probing: list[dict]) -> dict:
     """The entry of a read-out check: the same SAEs, probed with another alpha."""
     per_seed = [probing_metrics(found, scale.k_values) for found in probing]
     # The language model's own scores are those of the main entry.
-    names = [name for name in per_seed[0] if not name.startswith("lm_")]
-    values = {name: [seed[name] for seed in per_seed] for name in names}
-    means = {name: mean_or_none(v) for name, v in values.items()}
-    return {
-        **shown(means, {name: stderr_or_none(v) for name, v in values.items()}),
-        "final_info_dict": values,
-        **probing_details(scale, probing),
-    }
+    values = {k: v for k, v in by_metric(per_seed).items() if not k.startswith("lm_")}
+    return entry(values, {}) | probing_details(scale, probing)
 
 
 def without_times(found: dict | None) -> dict | None:

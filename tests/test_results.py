@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -50,6 +49,7 @@ def made_up(n_seeds: int = 3) -> dict:
     eye = torch.eye(6)
     return {
         "scale": scale(n_seeds),
+        "target_l0": 36.0,
         "records": records,
         "fidelities": [Fidelity(0.2 + 0.1 * s, 36.0, 0.0, 0.9) for s in seeds],
         "probing": [probing((0.6 + 0.1 * s, 0.8), (0.7, 0.9), **TIMES, kept=s) for s in seeds],
@@ -108,7 +108,7 @@ def test_a_layers_results_say_what_it_was_trained_to():
     found = layer_results(**made_up())
     assert (found["means"]["l0_target"], found["means"]["training_steps"]) == (36.0, 100.0)
     assert (found["stderrs"]["l0_target"], found["stderrs"]["training_steps"]) == (None, None)
-    other = made_up() | {"scale": replace(scale(3), target_l0s=(20.0,))}
+    other = made_up() | {"target_l0": 20.0}
     assert layer_results(**other)["means"]["l0_target"] == 20.0
 
 
