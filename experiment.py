@@ -14,10 +14,11 @@ best latents probe better than the model's best channels.
 A token's activation x is seen through a blend of two scores, alpha moving it from cosine to linear:
 
     x_c = x - b_dec       r = ||x_c||       c_i = cos(x_c, w_i)       w_i = column i of W_enc
-    z_i = g_i [ (1 - alpha) k r^e c_i + alpha x_c . w_i ] + b_enc_i   (k = 1, e = 0 outside run_10)
+    z_i = g_i [ (1 - alpha) c_i + alpha x_c . w_i ] + b_enc_i
     f   = ReLU(z)         x_hat = f @ W_dec + b_dec                   rows of W_dec have unit norm
 
 Since x_c . w_i = r ||w_i|| c_i, alpha only decides how much of a token's norm reaches its latents.
+In run_10 the cosine decides what fires, and all of the norm passes: f = r ReLU(z) at alpha = 0.
 
 This file is the experiment: edit it.  What must be the same for every run stands in lab/: the
 model, the text, the scores, the files.  All that an SAE uses is a parameter or a buffer of it, or
@@ -79,6 +80,7 @@ class Run:
     alpha_start: float = 0.1  # 0 is cosine only
     alpha_end: float = 0.9  # 1 is the ordinary linear encoder
     ema: bool = True  # evaluate and save the moving average of the weights instead of the weights
+    norm_restored: bool = False  # what the cosine lets fire is multiplied by the token's norm
     readout_alphas: tuple[float, ...] = ()  # also probe with alpha swapped to these at read time
 
     def __post_init__(self):
@@ -87,9 +89,11 @@ class Run:
             alphas = value if isinstance(value, list | tuple) else (value,)
             good = all(0 <= alpha <= 1 for alpha in alphas)
             require(good, f"RUNS: {name}={value} must lie in [0, 1]")
+        alphas = self.alpha_start, self.alpha_end, *self.readout_alphas
         require(
-            self.schedule != "learned" or self.alpha_start == self.alpha_end == 0,
-            "RUNS: a learned blend is a learned cosine gain, so it needs alpha_start=alpha_end=0",
+            not self.norm_restored or not any(alphas),
+            "RUNS: norm_restored is for the cosine, which lost the norm: all of the alphas "
+            f"{alphas} must be 0",
         )
 
 
@@ -114,9 +118,10 @@ RUNS: dict[str, Run] = {
     "run_8": Run("predecessor: cosine only (alpha = 0, no EMA)", **constant(0.0), ema=False),
     "run_9": Run("ablation: run_1 without the EMA", ema=False),
     "run_10": Run(
-        "prior art: the learned blend of arXiv 2606.15054",
-        **constant(0.0) | {"schedule": "learned"},
+        "prior art, a variant: cosine decides what fires, its norm restored (arXiv 2606.15054)",
+        **constant(0.0),
         ema=False,
+        norm_restored=True,
     ),
 }
 CONTROL = "run_7"  # what every other run is compared with
@@ -183,7 +188,6 @@ ALPHA_SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": cosine_annealing,
     "exponential": exponential,
     "adaptive": linear,  # at its own pace: see paced_progress
-    "learned": fixed,
 }
 
 
@@ -267,10 +271,15 @@ class BlendedScores(torch.autograd.Function):
 def gains(
     W_enc: torch.Tensor, gate: torch.Tensor, alpha: float | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(linear, cosine) [S, 1, F]: a score x_c . w_i counts linear_i + k r^(e-1) cosine_i times."""
+    """(linear, cosine) [S, 1, F]: a score x_c . w_i counts linear_i + cosine_i / r times."""
     gate = gate[:, None, :]
     unit = gate / W_enc.norm(dim=1, keepdim=True).clamp_min(1e-8)
     return alpha * gate, (1 - alpha) * unit
+
+
+def distances(x: torch.Tensor, b_dec: torch.Tensor) -> torch.Tensor:
+    """r = ||x - b_dec|| [S, B, 1] of activations x [B, D] or [S, B, D]."""
+    return (x - b_dec[:, None, :]).norm(dim=-1, keepdim=True).clamp_min(1e-8)
 
 
 def pre_activations(
@@ -280,11 +289,9 @@ def pre_activations(
     gate: torch.Tensor,
     b_enc: torch.Tensor,
     alpha: float | torch.Tensor,
-    k: float | torch.Tensor = 1.0,
-    exponent: float | torch.Tensor = 0.0,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """z_i = g_i [ (1 - alpha) k r^e cos(x_c, w_i) + alpha x_c . w_i ] + b_enc_i, x_c = x - b_dec.
+    """z_i = g_i [ (1 - alpha) cos(x_c, w_i) + alpha x_c . w_i ] + b_enc_i, x_c = x - b_dec.
 
     Both scores share a product, since cos(x_c, w_i) = x_c . w_i / (r ||w_i||): the blend is one
     matmul times a gain that depends on the token (its norm) and on the latent (its gate, ||w_i||).
@@ -296,7 +303,7 @@ def pre_activations(
     Args:
         x: activations [B, D] or [S, B, D].
         b_dec, W_enc, gate, b_enc: [S, D], [S, D, F], [S, F], [S, F].
-        alpha, k, exponent: floats, or tensors [S, 1, 1].
+        alpha: a float, or a tensor [S, 1, 1].
         dtype: of the large operations; that of x, unless another is asked for.
     Returns: pre-activations [S, B, F], in the units of x.
     """
@@ -306,9 +313,7 @@ def pre_activations(
     if isinstance(alpha, float) and alpha == 1.0:
         W = gate[:, None, :] * W_enc
         return torch.baddbmm((b + move @ W.detach()).to(dtype), x_c, W.to(dtype))
-    r = (x_c.to(W_enc.dtype) + move).norm(dim=-1, keepdim=True).clamp_min(1e-8)
-    token = k * r ** (exponent - 1)
-    parts = W_enc, move @ W_enc.detach(), token, *gains(W_enc, gate, alpha), b
+    parts = W_enc, move @ W_enc.detach(), 1 / distances(x, b_dec), *gains(W_enc, gate, alpha), b
     return BlendedScores.apply(x_c, *(part.to(dtype) for part in parts))
 
 
@@ -326,16 +331,18 @@ class BlendedSAE(torch.nn.Module):
     """The SAEs of one layer, stacked, in training units (E||x - b_dec||^2 = 1 at the start).
 
     x_c = x - b_dec      r = ||x_c||      c_i = cos(x_c, w_i)      w_i = column i of W_enc
-    z_i = gate_i [ (1 - alpha) k r^e c_i + alpha x_c . w_i ] + b_enc_i
+    z_i = gate_i [ (1 - alpha) c_i + alpha x_c . w_i ] + b_enc_i
     f   = ReLU(z)        x_hat = f @ W_dec + b_dec                 rows of W_dec have unit norm
 
-    W_enc [S, D, F]  W_dec [S, F, D]  b_enc, gate [S, F]  b_dec [S, D]  log_k, exponent [S, 1, 1]
+    W_enc [S, D, F]  W_dec [S, F, D]  b_enc, gate [S, F]  b_dec [S, D]
 
     Every parameter has the seeds first (a buffer that has not belongs to all of them).  A saved SAE
     is one of these with a single seed, built from the same run and recipe.
 
-    k = 1 and e = 0, except in the learned blend ("Size Doesn't Matter: Cosine-Scored SAEs",
-    arXiv 2606.15054), where both are learned, the gate stays 1 and W_enc keeps unit columns.
+    With norm_restored f = r ReLU(z) at alpha = 0: a linear encoder whose bias grows with the
+    token's norm.  It tells "cosine decides what fires" from "latents cannot see the norm", which a
+    cosine encoder does at once (a variant of "Size Doesn't Matter: Cosine-Scored SAEs", arXiv
+    2606.15054).
     """
 
     def __init__(
@@ -346,26 +353,22 @@ class BlendedSAE(torch.nn.Module):
         d_sae: int,
         seeds: Iterable[int] = (0,),
         b_dec: torch.Tensor | None = None,
-        mean_norm: float = 1.0,
     ):
-        """`b_dec` [D], training units: where to start; `mean_norm`: E||x - b_dec||."""
+        """`b_dec` [D], training units: where to start."""
         super().__init__()
         rows = [
             torch.randn(d_sae, d_in, generator=torch.Generator().manual_seed(seed))
             for seed in seeds
         ]
         W_dec = torch.nn.functional.normalize(torch.stack(rows), dim=-1)
-        self.run, self.recipe, learned = run, recipe, run.schedule == "learned"
+        self.run, self.recipe = run, recipe
         S, param = len(rows), torch.nn.Parameter
         start = torch.zeros(d_in) if b_dec is None else b_dec.float()
         self.W_dec = param(W_dec)
         self.W_enc = param(W_dec.transpose(1, 2).contiguous())
         self.b_enc = param(torch.zeros(S, d_sae))
         self.b_dec = param(start.expand(S, d_in).clone())
-        self.gate = param(torch.full((S, d_sae), 1.0 if learned else recipe.gate_init), not learned)
-        self.log_k = param(torch.full((S, 1, 1), math.log(mean_norm) if learned else 0.0), learned)
-        self.exponent = param(torch.zeros(S, 1, 1), learned)
-        self.learned = learned
+        self.gate = param(torch.full((S, d_sae), recipe.gate_init))
 
     def encode(self, x: torch.Tensor, alphas: list[float], dtype: torch.dtype) -> torch.Tensor:
         """Latents [S, B, F] of activations x [B, D] in training units, with one alpha a seed.  A
@@ -375,9 +378,9 @@ class BlendedSAE(torch.nn.Module):
             alpha = 1.0
         else:
             alpha = on_device(alphas, x.device)[:, None, None]
-        k, exponent = (self.log_k.exp(), self.exponent) if self.learned else (1.0, 0.0)
         weights = self.b_dec, self.W_enc, self.gate, self.b_enc
-        return pre_activations(x, *weights, alpha, k, exponent, dtype).relu()
+        f = pre_activations(x, *weights, alpha, dtype).relu()
+        return f * distances(x, self.b_dec).to(dtype) if self.run.norm_restored else f
 
     def decode(self, f: torch.Tensor) -> torch.Tensor:
         """Reconstructions [S, B, D] in float32 from latents [S, B, F]."""
@@ -388,7 +391,7 @@ class BlendedSAE(torch.nn.Module):
         over): what a saved SAE shows as its W_enc."""
         alpha = on_device(alphas, self.W_enc.device)[:, None, None]
         linear, cosine = gains(self.W_enc, self.gate, alpha)
-        return self.W_enc * (linear + self.log_k.exp() * cosine)
+        return self.W_enc * (linear + cosine)
 
     def forward(
         self,
@@ -417,10 +420,8 @@ class BlendedSAE(torch.nn.Module):
 
     @torch.no_grad()
     def normalize_(self) -> None:
-        """Back to unit decoder rows (and, in the learned blend, unit encoder columns)."""
+        """Back to unit decoder rows."""
         self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-8))
-        if self.learned:
-            self.W_enc.div_(self.W_enc.norm(dim=1, keepdim=True).clamp_min(1e-8))
 
 
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -543,8 +544,7 @@ class Trainer:
         self.device, self.dtype = training_device(), getattr(torch, scale.training_dtype)
         S = len(scale.sae_targets)
         seeds = [seed_for("init", scale.name, layer, seed % scale.n_seeds) for seed in range(S)]
-        start = {"b_dec": units.b_dec.cpu(), "mean_norm": units.mean_norm}
-        sae = BlendedSAE(run, recipe, len(units.b_dec), scale.d_sae, seeds, **start)
+        sae = BlendedSAE(run, recipe, len(units.b_dec), scale.d_sae, seeds, units.b_dec.cpu())
         for parameter, p in sae.named_parameters():
             shape = tuple(p.shape)
             require(
@@ -593,7 +593,8 @@ class Trainer:
             self.sae.train()
 
     def step(self, x: torch.Tensor) -> dict:
-        """One optimiser step on a batch of residuals [B, D]; returns the record to log."""
+        """One optimiser step on residuals [n_seeds, B, D], a batch of each seed's own, or [B, D],
+        one for all; returns the record to log."""
         step, sae = self.steps_done, self.sae
         alphas, targets = self.schedule_at(step)
         factor = learning_rate_factor(self.scale, self.recipe, step)
@@ -601,6 +602,8 @@ class Trainer:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
         x = x.to(self.device).float() * self.units.scale
+        if x.dim() == 3:  # a seed reads the same whatever its target
+            x = x.repeat(len(self.scale.target_l0s), 1, 1)
         forward = sae(x, alphas, self.lambda_S, self.dtype)
         self.optimizer.zero_grad()
         forward.loss_S.sum().backward()
@@ -636,11 +639,6 @@ class Trainer:
             "dead": self.dead_fraction(forward.fired_SF),
             **self.measure_absorption(step, alphas, measure),
         }
-        if self.sae.learned:
-            record |= {
-                "norm_exponent": sae.exponent.detach().flatten().clone(),
-                "log_cosine_scale": sae.log_k.detach().flatten().clone(),
-            }
         self.control_sparsity(l0_S, on_device(targets, self.device))
         self.steps_done += 1
         return record
@@ -733,7 +731,7 @@ def train(scale: Scale, trainers: list[Trainer], stream: ActivationStream, keepe
                 "steps: lower training_tokens or add text",
             )
             with keeper.signals.kept():  # a step is made whole or not at all
-                records = [t.step(batch[:, i]) for i, t in enumerate(trainers)]
+                records = [t.step(batch[:, :, i]) for i, t in enumerate(trainers)]
                 stream.position, done = position, done + 1
                 keeper.note(done, scale.batch_tokens, records)
             if done == begun_at + 1:

@@ -46,7 +46,10 @@ labels = {
     "run_7": ("control: vanilla ReLU", "control: the vanilla ReLU SAE (alpha = 1, no EMA)"),
     "run_8": ("cosine only", "predecessor: cosine only (alpha = 0, no EMA)"),
     "run_9": ("blend without EMA", "ablation: run_1 without the EMA"),
-    "run_10": ("learned blend", "prior art: the learned blend of arXiv 2606.15054"),
+    "run_10": (
+        "cosine, norm restored",
+        "prior art, a variant: cosine decides what fires, its norm restored (arXiv 2606.15054)",
+    ),
 }
 BASELINE, CONTROL = "run_0", "run_7"
 

@@ -298,7 +298,7 @@ def whole_rate(scale: Scale, lm: LanguageModel, study: Study) -> dict:
     kept = map(partial(without_outliers, calibrations=[trainers[0].units]), first_of(held, blocks))
     ranks, start = Ranks(), Position(0, 0, {})
     batches = shuffled_batches(scale, kept, ranks, start)
-    train(trainers[0], (batch[:, 0] for _, batch in batches))
+    train(trainers[0], (batch[:, :, 0] for _, batch in batches))
     laps = pairwise(marks[1:])  # the first block warms up
     return rate([(n1 - n0) * scale.batch_tokens / (t1 - t0) for (t0, n0), (t1, n1) in laps])
 

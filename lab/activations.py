@@ -25,7 +25,6 @@ class Calibration(NamedTuple):
 
     scale: float  # residuals times this have E||x - b_dec||^2 = 1
     b_dec: torch.Tensor  # [D], training units: the mean residual
-    mean_norm: float  # E||x - b_dec||, training units
     outlier_norm: float  # residual-stream units; tokens above it are left out of training
     outlier_fraction: float  # of the first block
 
@@ -65,8 +64,7 @@ def calibrate(residuals_ND: torch.Tensor, ranks: Ranks, times_median: float = 3.
         "text",
     )
     scale = 1.0 / spread
-    mean_norm = (ranks.total_(distances.sum()) / n_kept).item() * scale
-    return Calibration(scale, mean * scale, mean_norm, limit, 1 - n_kept / n_all)
+    return Calibration(scale, mean * scale, limit, 1 - n_kept / n_all)
 
 
 def harvest(lm: LanguageModel, contexts_NL: torch.Tensor, batch: int) -> torch.Tensor:
@@ -147,7 +145,7 @@ def block_order(
     """Rows [n_batches, lanes * share] of a block's batches: `share` from every lane, at random.
 
     A lane's order depends on its number and on `names` alone, so that it is the same in every
-    process and every execution.  Rows that fill no batch are dropped.
+    process and every execution, and for a seed in every run.  Rows that fill no batch are dropped.
     """
     columns, offset = [], 0
     for lane, length in zip(lanes, lengths, strict=True):
@@ -169,16 +167,20 @@ class Position(NamedTuple):
 def shuffled_batches(
     scale: Scale, blocks: Iterable[Block], ranks: Ranks, start: Position
 ) -> Iterator[tuple[Position, torch.Tensor]]:
-    """Batches of rows from `start` on, each with the position after it.
+    """Batches of rows [seeds, B, layers, D] from `start` on, each with the position after it.
 
-    `blocks` begins with block number start.block.  Which rows the n-th batch of a block holds is a
-    pure function of the text, the block's number and n; of several processes each gets its part.
+    `blocks` begins with block number start.block.  Every seed goes through a block in an order of
+    its own.  Which rows its n-th batch of a block holds is a pure function of the text, the block's
+    number, the seed and n; of several processes each gets its part.
     """
     share, index = scale.batch_tokens // scale.lanes, start.block
     for block in blocks:
         n_batches = ranks.smallest(min(block.lengths) // share)
-        order = block_order(block.before, block.lengths, n_batches, share, "batches", index)
-        order = block.chosen[order.to(block.chosen.device)]
+        orders = [
+            block_order(block.before, block.lengths, n_batches, share, "batches", index, seed)
+            for seed in range(scale.n_seeds)
+        ]
+        order = block.chosen[torch.stack(orders, dim=1).to(block.chosen.device)]
         for n in range(start.batch if index == start.block else 0, n_batches):
             yield Position(index, n + 1, block.before), block.rows[order[n]]
         index += 1  # not enumerate(), which would hold the block while the next is made
@@ -186,7 +188,8 @@ def shuffled_batches(
 
 
 class ActivationStream:
-    """Batches of residuals in one fixed order, begun anew or where a checkpoint left them.
+    """Batches of residuals, each seed's in its fixed order, begun anew or where a checkpoint left
+    them.
 
     One pass of the language model feeds every layer.  `position` is the place in the text; whoever
     reads sets it when a batch is done with.
@@ -225,8 +228,8 @@ class ActivationStream:
         return [calibrate(first.rows[:, i], self.ranks) for i in range(n_layers)]
 
     def batches(self, units: list[Calibration]) -> Iterator[tuple[Position, torch.Tensor]]:
-        """Rows [B, layers, D], outliers left out, each with the position after it, to the end of
-        the text."""
+        """Rows [seeds, B, layers, D], outliers left out, each with the position after it, to the
+        end of the text."""
         blocks = map(partial(without_outliers, calibrations=units), self._blocks)
         return shuffled_batches(self.scale, blocks, self.ranks, self.position)
 

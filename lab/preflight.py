@@ -20,7 +20,8 @@ from lab.storage import cache_root
 from lab.training_log import check_wandb
 
 GB = 1e9
-ROW_BYTES = 32  # of a block's row: its norms, and its place in the order of batches
+ROW_BYTES = 24  # of a block's row: its norms, and whether it is chosen
+PLACE_BYTES = 16  # of a block's row for each seed: its place in the order of batches
 
 
 def preflight(scale: Scale, out_dir: Path, n_readouts: int = 0) -> None:
@@ -221,7 +222,8 @@ def gpu_needs(scale: Scale, model: ModelNeeds, n_readouts: int = 0) -> dict[str,
     one_layer = saes * 2 * model.d_in * scale.d_sae * 4
     dtype = getattr(torch, scale.training_dtype).itemsize
     step = saes * scale.batch_tokens * (6 * scale.d_sae * dtype + 5 * model.d_in * 4)
-    block = scale.block_contexts * scale.context_length * (layers * model.d_in * 2 + ROW_BYTES)
+    places = ROW_BYTES + scale.n_seeds * PLACE_BYTES
+    block = scale.block_contexts * scale.context_length * (layers * model.d_in * 2 + places)
     calibrating = 3 * COLUMNS / model.d_in / layers  # in bfloat16 and in float32
     training = block * (1.1 + calibrating) + step
     logits = 8 * scale.context_length * model.vocabulary * (2 + 4 + 4)

@@ -305,7 +305,7 @@ def test_the_gemma_scale_runs_start_to_finish_on_the_gpu(hub, tmp_path):
     assert 0 < means["fvu"] < 1
 
 
-KINDS = "run_1", "run_2", "run_7", "run_8", "run_10"  # blend, paced, linear, cosine, learned
+KINDS = "run_1", "run_2", "run_7", "run_8", "run_10"  # blend, paced, linear, cosine, restored
 EVERY_KIND = f"""
 for name in {KINDS[:-1]}:
     assert main_of(name) == 0

@@ -17,9 +17,9 @@ from tiny import RECIPE, ROOT, randn, run_script, start_script, tiny_scale, tree
 
 import experiment
 
-ENCODE = "return pre_activations(x, *weights, alpha, k, exponent, dtype).relu()"
+ENCODE = "f = pre_activations(x, *weights, alpha, dtype).relu()"
 DECODE = "return torch.bmm(f, self.W_dec.to(f.dtype)).float() + self.b_dec[:, None, :]"
-PARAMETER = "        self.learned = learned\n"
+PARAMETER = "        self.gate = param(torch.full((S, d_sae), recipe.gate_init))\n"
 LOSS = "return Forward(mse_S + lambda_S * l1_S,"
 STATE = "        self.steps_done = 0\n"
 AFTER_STEP = "        self.optimizer.step()\n"
@@ -131,7 +131,7 @@ def test_a_per_latent_temperature_is_trained_averaged_saved_and_loaded(run_edite
 
 
 def test_topk_in_the_one_place_of_the_encoder_is_scored_as_it_was_trained(run_edited, tmp_path):
-    top_4 = f"f = {ENCODE[7:]}\n        return f * (f >= f.topk(4).values[..., -1:])"
+    top_4 = f"{ENCODE}\n        f = f * (f >= f.topk(4).values[..., -1:])"
     process = run_edited((ENCODE, top_4), quick=False)
     finished(process, tmp_path / "run_1")
     (entry, *_) = json.loads((tmp_path / "run_1/final_info.json").read_text("utf-8")).values()
@@ -144,7 +144,7 @@ def test_topk_in_the_one_place_of_the_encoder_is_scored_as_it_was_trained(run_ed
 
 
 def test_jumprelu_keeps_its_threshold_in_the_right_units(run_edited, tmp_path):
-    jump = f"z = {ENCODE[7:-7]}\n        return z * (z > self.threshold[:, None, :].to(dtype))"
+    jump = f"z = {ENCODE[4:-7]}\n        f = z * (z > self.threshold[:, None, :].to(dtype))"
     process = run_edited(
         (PARAMETER, PARAMETER + "        self.threshold = param(torch.full((S, d_sae), 0.05))\n"),
         (ENCODE, jump),
@@ -182,7 +182,7 @@ def test_what_training_changes_and_no_state_dict_holds_is_refused_after_training
 ):
     process = run_edited(
         (PARAMETER, PARAMETER + "        self.floor = 0.0\n"),
-        (ENCODE, f"f = {ENCODE[7:]}\n        return f * (f > self.floor)"),
+        (ENCODE, f"{ENCODE}\n        f = f * (f > self.floor)"),
         (AFTER_STEP, AFTER_STEP + "        sae.floor = 0.05\n"),
     )
     refused(
@@ -193,7 +193,7 @@ def test_what_training_changes_and_no_state_dict_holds_is_refused_after_training
 
 FORWARD = "        f = self.encode(x, alphas, dtype)\n"
 CUT = "        f = f * (f >= f.topk(4).values[..., -1:])\n"
-LEAKY = ENCODE.replace(".relu()", "").replace("return ", "z = ")
+LEAKY = ENCODE.replace(".relu()", "").replace("f = ", "z = ")
 
 
 @pytest.mark.parametrize(
@@ -205,14 +205,14 @@ LEAKY = ENCODE.replace(".relu()", "").replace("return ", "z = ")
             "mse in forward() is not that of decode(encode())",
         ),
         (
-            [(ENCODE, f"{LEAKY}\n        return torch.where(z > 0, z, 0.01 * z)")],
+            [(ENCODE, f"{LEAKY}\n        f = torch.where(z > 0, z, 0.01 * z)")],
             "latents are below 0",
         ),
         (
             [
                 (
                     ENCODE,
-                    f"f = {ENCODE[7:]}\n        least = f.flatten(1).topk(8 * x.shape[0]).values"
+                    f"{ENCODE}\n        least = f.flatten(1).topk(8 * x.shape[0]).values"
                     "\n        return f * (f >= least[:, -1, None, None])",
                 )
             ],
@@ -248,9 +248,7 @@ def test_what_is_trained_elsewhere_than_in_the_sae_is_refused(run_edited, tmp_pa
 
 def test_dropout_in_training_mode_only_is_right(run_edited, tmp_path):
     """Everything that is measured or saved is so in eval mode."""
-    noisy = (
-        f"f = {ENCODE[7:]}\n        return f * torch.rand_like(f).gt(0.1) if self.training else f"
-    )
+    noisy = f"{ENCODE}\n        f = f * torch.rand_like(f).gt(0.1) if self.training else f"
     finished(run_edited((ENCODE, noisy)), tmp_path / "run_1")
 
 
@@ -261,7 +259,7 @@ def test_a_file_beside_the_script_belongs_to_its_code_and_is_kept_with_the_run(
     (folder / "mine.py").write_text("def activation(z):\n    return z.relu()\n")
     mine = (
         ("from lab.work import Work", "from mine import activation\nfrom lab.work import Work"),
-        (ENCODE, f"return activation({ENCODE[7:-7]})"),
+        (ENCODE, f"f = activation({ENCODE[4:-7]})"),
     )
     finished(run_edited(*mine), tmp_path / "run_1")
     assert (tmp_path / "run_1/mine.py").exists()
@@ -405,7 +403,7 @@ def test_state_that_a_checkpoint_would_lose_is_refused_by_name(run_edited, tmp_p
 
 # ── Code that changed ───────────────────────────────────────────────────────────────────────────
 
-OTHER = ("self.log_k.exp() * cosine)", "self.log_k.exp() * cosine * 1.0)")
+OTHER = ("(linear + cosine)", "(linear + cosine * 1.0)")
 HARMLESS = (
     ('CONTROL = "run_7"', '\n# A comment, and a blank line.\nCONTROL = "run_7"'),
     ('    "run_2": Run(', '    "run_11": Run("another idea"),\n    "run_2": Run('),

@@ -35,7 +35,9 @@ def test_differences_to_the_control_are_paired_by_seed(summary):
     rows = table(summary, "Differences to run_7: probing")
     assert rows["run_1 blend 0.1→0.9 + EMA"]["probing top-1 ↑"] == "+0.1000 ± 0.0289, p 0.25, n 3"
     # Seeds that all lie 0.02 higher differ by 0.02 exactly, however far they are apart.
-    assert rows["run_10 learned blend"]["probing top-2 ↑"] == "+0.0200 ± 0.0000, p 0.25, n 3"
+    assert (
+        rows["run_10 cosine, norm restored"]["probing top-2 ↑"] == "+0.0200 ± 0.0000, p 0.25, n 3"
+    )
     assert not any(name.startswith("run_7") for name in rows)
 
 
@@ -136,7 +138,7 @@ def test_a_read_out_carries_probing_alone_and_the_rest_is_missing(summary):
 def test_the_steadiness_of_the_mse_which_all_runs_have_in_common_is_a_column(summary):
     row = table(summary, "Results: stability")["run_7 control: vanilla ReLU"]
     assert row["mse roughness ↓"] == "0.2100 ± 0.0058"
-    row = table(summary, "Differences to run_7: stability")["run_10 learned blend"]
+    row = table(summary, "Differences to run_7: stability")["run_10 cosine, norm restored"]
     assert row["mse roughness ↓"] == "+0.0200 ± 0.0000, p 0.25, n 3"
     assert (
         "sd of log raw mse" in table(summary, "Metrics")["stability: mse roughness"]["what it is"]

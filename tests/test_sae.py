@@ -6,7 +6,7 @@ from tiny import RECIPE, randn
 
 import experiment
 
-BLEND, LEARNED = experiment.RUNS["run_1"], experiment.RUNS["run_10"]
+BLEND, RESTORED = experiment.RUNS["run_1"], experiment.RUNS["run_10"]
 ALPHAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 
 
@@ -37,38 +37,46 @@ def per_seed(value: float | torch.Tensor, seed: int) -> torch.Tensor:
     return value[seed, 0, 0].double() if isinstance(value, torch.Tensor) else torch.tensor(value)
 
 
-def loop_pre_activations(x, b_dec, W_enc, gate, b_enc, alpha, k=1.0, exponent=0.0) -> torch.Tensor:
+def loop_pre_activations(x, b_dec, W_enc, gate, b_enc, alpha) -> torch.Tensor:
     """The equation of the design, one latent of one token of one seed at a time, in float64."""
     x, b_dec, W_enc, gate, b_enc = (t.double() for t in (x, b_dec, W_enc, gate, b_enc))
     z = []
     for s in range(len(x)):
-        a, k_s, e_s = (per_seed(value, s) for value in (alpha, k, exponent))
+        a = per_seed(alpha, s)
         for token in x[s]:
             for i in range(W_enc.shape[-1]):
                 x_c, w = token - b_dec[s], W_enc[s, :, i]
                 r, linear = x_c.norm(), x_c @ w
                 cosine = linear / (r * w.norm())
-                score = (1 - a) * k_s * r**e_s * cosine + a * linear
-                z.append(gate[s, i] * score + b_enc[s, i])
+                z.append(gate[s, i] * ((1 - a) * cosine + a * linear) + b_enc[s, i])
     return torch.stack(z).reshape(*x.shape[:2], W_enc.shape[-1])
 
 
-def fresh_sae(seeds=(1, 2), d_in=4, d_sae=7, learned=False, **start) -> experiment.BlendedSAE:
-    return experiment.BlendedSAE(
-        LEARNED if learned else BLEND, RECIPE, d_in, d_sae, seeds=seeds, **start
-    )
+def loop_latents(x, b_dec, W_enc, gate, b_enc, alpha, restored=False) -> torch.Tensor:
+    """What fires, in float64; with the norm restored each token's latents times its distance."""
+    f = loop_pre_activations(x, b_dec, W_enc, gate, b_enc, alpha).clamp(0)
+    if not restored:
+        return f
+    x, b_dec = x.double(), b_dec.double()
+    r = [(token - b_dec[s]).norm() for s in range(len(x)) for token in x[s]]
+    rows = [norm * row for norm, row in zip(r, f.flatten(0, 1), strict=True)]
+    return torch.stack(rows).view_as(f)
 
 
-def random_sae(seeds=(1, 2), d_in=4, d_sae=7, learned=False, seed=0) -> experiment.BlendedSAE:
+def fresh_sae(seeds=(1, 2), d_in=4, d_sae=7, restored=False, **start) -> experiment.BlendedSAE:
+    run = RESTORED if restored else BLEND
+    return experiment.BlendedSAE(run, RECIPE, d_in, d_sae, seeds=seeds, **start)
+
+
+def random_sae(seeds=(1, 2), d_in=4, d_sae=7, restored=False, seed=0) -> experiment.BlendedSAE:
     """An SAE in the middle of training: nothing is at its initial value."""
     g = torch.Generator().manual_seed(seed)
     b_dec = torch.randn(d_in, generator=g)
-    sae = fresh_sae(seeds, d_in, d_sae, learned, b_dec=b_dec, mean_norm=0.8)
+    sae = fresh_sae(seeds, d_in, d_sae, restored, b_dec=b_dec)
     with torch.no_grad():
         for name, p in sae.named_parameters():
-            if learned or name not in ("log_k", "exponent"):
-                p.add_(0.3 * torch.randn(p.shape, generator=g))
-            if name == "gate" and not learned:
+            p.add_(0.3 * torch.randn(p.shape, generator=g))
+            if name == "gate":
                 p.add_(0.5)
     return sae
 
@@ -102,32 +110,11 @@ def test_pre_activations_have_the_values_worked_out_by_hand(alpha, z, as_tensor)
     assert found.flatten().tolist() == pytest.approx(z, abs=1e-5)
 
 
-def test_gain_and_exponent_scale_the_cosine_alone():
-    # k r^e = 3 sqrt(5) = 6.7082039
-    found = experiment.pre_activations(**one_token(), alpha=0.5, k=3.0, exponent=0.5)
-    by_hand = [2 * (0.5 * 6.7082039 * 0.6 + 1.5) + 0.1, 0.5 * (0.5 * 6.7082039 * 0.8 + 4) - 0.2]
-    assert found.flatten().tolist() == pytest.approx(by_hand, abs=1e-5)
-    linear = experiment.pre_activations(**one_token(), alpha=1.0)
-    same = experiment.pre_activations(**one_token(), alpha=1.0, k=3.0, exponent=0.5)
-    assert torch.equal(linear, same)
-
-
 @pytest.mark.parametrize("alpha", [*ALPHAS, torch.tensor([0.2, 0.8])[:, None, None]])
-@pytest.mark.parametrize(
-    ("k", "exponent"),
-    [
-        (1.0, 0.0),
-        (1.7, 0.6),
-        (torch.tensor([0.6, 1.3])[:, None, None], torch.tensor([-0.4, 0.9])[:, None, None]),
-    ],
-)
-def test_pre_activations_agree_with_a_plain_loop(alpha, k, exponent):
+def test_pre_activations_agree_with_a_plain_loop(alpha):
     parts = random_parts()
-    found = experiment.pre_activations(**parts, alpha=alpha, k=k, exponent=exponent)
-    torch.testing.assert_close(
-        found.double(), loop_pre_activations(**parts, alpha=alpha, k=k, exponent=exponent),
-        rtol=1e-5, atol=1e-5,
-    )  # fmt: skip
+    found, loop = experiment.pre_activations(**parts, alpha=alpha), loop_pre_activations
+    torch.testing.assert_close(found.double(), loop(**parts, alpha=alpha), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0, torch.tensor([0.2, 1.0])[:, None, None]])
@@ -136,31 +123,25 @@ def test_the_gradient_of_pre_activations_is_that_of_finite_differences(alpha):
     x = parts.pop("x")  # data
     for t in parts.values():
         t.requires_grad_()
-    k = torch.tensor([0.6, 1.3], dtype=torch.float64)[:, None, None].requires_grad_()
-    exponent = torch.tensor([-0.4, 0.9], dtype=torch.float64)[:, None, None].requires_grad_()
     alpha = alpha.double() if isinstance(alpha, torch.Tensor) else alpha
 
     def z(*values):
-        *values, k, exponent = values
         named = dict(zip(parts, values, strict=True))
-        return experiment.pre_activations(x, **named, alpha=alpha, k=k, exponent=exponent)
+        return experiment.pre_activations(x, **named, alpha=alpha)
 
-    if isinstance(alpha, float) and alpha == 1.0:  # neither k nor exponent takes part
-        assert torch.autograd.gradcheck(lambda *v: z(*v, k, exponent), (*parts.values(),))
-    else:
-        assert torch.autograd.gradcheck(z, (*parts.values(), k, exponent))
+    assert torch.autograd.gradcheck(z, (*parts.values(),))
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_alpha_only_decides_how_much_of_the_norm_gets_through(alpha):
-    """z = g c [(1 - alpha) k + alpha r ||w||] + b: the sign of a score never depends on alpha."""
-    parts, k = random_parts(seed=3), 1.4
+    """z = g c [(1 - alpha) + alpha r ||w||] + b: the sign of a score never depends on alpha."""
+    parts = random_parts(seed=3)
     x_c, W_enc = (parts["x"] - parts["b_dec"][:, None]).double(), parts["W_enc"].double()
     r, w = x_c.norm(dim=-1, keepdim=True), W_enc.norm(dim=1, keepdim=True)
     c = (x_c @ W_enc) / (r * w)
     gate, b_enc = parts["gate"].double()[:, None], parts["b_enc"].double()[:, None]
-    identity = gate * c * ((1 - alpha) * k + alpha * r * w) + b_enc
-    found = experiment.pre_activations(**parts, alpha=alpha, k=k)
+    identity = gate * c * ((1 - alpha) + alpha * r * w) + b_enc
+    found = experiment.pre_activations(**parts, alpha=alpha)
     torch.testing.assert_close(found.double(), identity, rtol=1e-5, atol=1e-5)
 
 
@@ -225,13 +206,25 @@ def test_encoder_and_decoder_do_not_share_memory():
     assert torch.equal(b_dec, torch.zeros(4)), "nor with what it started from"
 
 
-def test_the_learned_blend_trains_gain_and_exponent_in_place_of_the_gate():
-    sae = fresh_sae([5, 6], learned=True, mean_norm=0.8)
-    assert torch.equal(sae.gate, torch.ones(2, 7))
-    torch.testing.assert_close(sae.log_k.exp(), torch.full((2, 1, 1), 0.8))
-    assert torch.equal(sae.exponent, torch.zeros(2, 1, 1))
-    trained = {name for name, p in sae.named_parameters() if p.requires_grad}
-    assert trained == {"W_enc", "W_dec", "b_enc", "b_dec", "log_k", "exponent"}
+@torch.no_grad()
+def test_restoring_the_norm_gives_latents_worked_out_by_hand():
+    parts, restored = one_token(), fresh_sae([0], d_in=2, d_sae=2, restored=True)
+    set_by_hand(restored, **{k: v.tolist() for k, v in parts.items() if k != "x"})
+    f = restored.encode(parts["x"], [0.0], torch.float32)
+    # r = 5, and ReLU(z) = (2 * 0.6 + 0.1, 0.5 * 0.8 - 0.2)
+    assert f.flatten().tolist() == pytest.approx([5 * 1.3, 5 * 0.2])
+
+
+@torch.no_grad()
+def test_restoring_the_norm_moves_no_latent_across_its_threshold_and_scales_with_the_token():
+    sae, cosine = random_sae(restored=True), random_sae()
+    directions = torch.nn.functional.normalize(randn(2, 30, 4), dim=-1)
+    near, far = (n * directions + sae.b_dec[:, None] for n in (1.0, 3.0))
+    f, longer = (sae.encode(x, [0.0, 0.0], torch.float32) for x in (near, far))
+    alone = cosine.encode(far, [0.0, 0.0], torch.float32)
+    assert torch.equal(longer > 0, alone > 0), "the cosine decides what fires"
+    torch.testing.assert_close(longer, 3 * f, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(longer, 3 * alone, rtol=1e-4, atol=1e-5)
 
 
 def test_forward_has_the_values_worked_out_by_hand():
@@ -261,20 +254,21 @@ def test_forward_has_the_values_worked_out_by_hand():
     assert found.fired_SF.tolist() == [[True, True, False], [True, False, False]]
 
 
-@pytest.mark.parametrize("alphas", [[a, a] for a in (0.0, 0.4, 1.0)] + [[0.2, 0.8], [1.0, 0.3]])
-@pytest.mark.parametrize("learned", [False, True])
-def test_loss_and_gradients_agree_with_a_plain_loop(alphas, learned):
-    sae, lambda_S = random_sae(learned=learned), torch.tensor([0.05, 0.3])
+BLENDS = [(False, [a, a]) for a in (0.0, 0.4, 1.0)] + [(False, [0.2, 0.8]), (False, [1.0, 0.3])]
+
+
+@pytest.mark.parametrize(("restored", "alphas"), [*BLENDS, (True, [0.0, 0.0])])
+def test_loss_and_gradients_agree_with_a_plain_loop(restored, alphas):
+    sae, lambda_S = random_sae(restored=restored), torch.tensor([0.05, 0.3])
     x = randn(9, 4)
     found = sae(x, alphas, lambda_S)
     found.loss_S.sum().backward()
     assert 0.2 < (found.l0_S / 7).mean() < 0.8, "some latents fire and some do not"
 
     p = {n: t.detach().double().requires_grad_(t.requires_grad) for n, t in sae.named_parameters()}
-    k, exponent = (p["log_k"].exp(), p["exponent"]) if learned else (1.0, 0.0)
     weights = (p[name] for name in ("b_dec", "W_enc", "gate", "b_enc"))
     x_S = x.expand(2, -1, -1)
-    f = loop_pre_activations(x_S, *weights, of_each(alphas), k, exponent).clamp(0)
+    f = loop_latents(x_S, *weights, of_each(alphas), restored)
     loss_S = []
     for s in range(2):
         per_token = []
@@ -320,7 +314,7 @@ def test_gradients_in_bfloat16_stay_close_to_float32(alpha):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_the_loss_of_one_seed_never_reaches_the_weights_of_another(alpha):
-    sae = random_sae(learned=alpha == 0.0)
+    sae = random_sae(restored=alpha == 0.0)
     loss_S = sae(randn(20, 4), [alpha, alpha], torch.tensor([0.1, 0.1])).loss_S
     named = [(name, p) for name, p in sae.named_parameters() if p.requires_grad]
     grads = torch.autograd.grad(loss_S[0], [p for _, p in named])
@@ -339,9 +333,8 @@ def test_a_seed_gives_the_same_sae_whatever_stands_beside_it():
         torch.testing.assert_close(a, b.flip(0), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("learned", [False, True])
-def test_every_seed_is_encoded_at_an_alpha_of_its_own(learned):
-    sae, x = random_sae(learned=learned), randn(20, 4)
+def test_every_seed_is_encoded_at_an_alpha_of_its_own():
+    sae, x = random_sae(), randn(20, 4)
     found = sae.encode(x, [0.2, 1.0], torch.float32)
     for seed, alpha in enumerate([0.2, 1.0]):
         alike = sae.encode(x, [alpha, alpha], torch.float32)[seed]
@@ -349,9 +342,8 @@ def test_every_seed_is_encoded_at_an_alpha_of_its_own(learned):
     assert not torch.allclose(found[0], sae.encode(x, [1.0, 0.2], torch.float32)[0], rtol=0.01)
 
 
-@pytest.mark.parametrize("learned", [False, True])
-def test_a_single_seed_is_encoded_at_any_number_of_alphas_at_once(learned):
-    sae, x = random_sae([1], learned=learned), randn(20, 4)
+def test_a_single_seed_is_encoded_at_any_number_of_alphas_at_once():
+    sae, x = random_sae([1]), randn(20, 4)
     found = sae.encode(x, ALPHAS, torch.float32)
     assert found.shape == (len(ALPHAS), 20, 7)
     for latents, alpha in zip(found, ALPHAS, strict=True):
@@ -380,21 +372,21 @@ def test_gains_have_the_values_worked_out_by_hand():
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_scores_times_their_gains_are_the_pre_activations(alpha):
-    parts, k, exponent = random_parts(seed=7), 1.7, 0.6
+    parts = random_parts(seed=7)
     x_c = parts["x"] - parts["b_dec"][:, None]
     linear, cosine = experiment.gains(parts["W_enc"], parts["gate"], alpha)
-    token = k * x_c.norm(dim=-1, keepdim=True) ** (exponent - 1)
-    z = (x_c @ parts["W_enc"]) * (linear + token * cosine) + parts["b_enc"][:, None]
-    found = experiment.pre_activations(**parts, alpha=alpha, k=k, exponent=exponent)
+    r = x_c.norm(dim=-1, keepdim=True)
+    z = (x_c @ parts["W_enc"]) * (linear + cosine / r) + parts["b_enc"][:, None]
+    found = experiment.pre_activations(**parts, alpha=alpha)
     torch.testing.assert_close(found, z, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("learned", "alpha"), [(False, 0.0), (False, 0.4), (True, 0.0)])
+@pytest.mark.parametrize(("restored", "alpha"), [(False, 0.0), (False, 0.4), (True, 0.0)])
 def test_the_linear_encoder_agrees_with_a_blend_where_a_tokens_norm_is_1_and_only_there(
-    learned, alpha
+    restored, alpha
 ):
-    sae = random_sae(learned=learned)
+    sae = random_sae(restored=restored)
     directions = torch.nn.functional.normalize(randn(2, 30, 4), dim=-1)
 
     def both(norm: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -452,10 +444,3 @@ def test_normalising_gives_unit_decoder_rows_without_turning_them():
     torch.testing.assert_close(sae.W_dec * norms, before["W_dec"])
     for name in ("W_enc", "gate", "b_enc", "b_dec"):
         assert torch.equal(getattr(sae, name), before[name]), name
-
-
-def test_normalising_the_learned_blend_gives_unit_encoder_columns_too():
-    sae = random_sae(learned=True)
-    sae.normalize_()
-    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(2, 7))
-    torch.testing.assert_close(sae.W_enc.norm(dim=1), torch.ones(2, 7))

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_sae import loop_pre_activations, random_sae, set_by_hand
+from test_sae import loop_latents, random_sae, set_by_hand
 from tiny import RECIPE, hundred_steps, randn
 
 import experiment
@@ -24,7 +24,7 @@ from lab.storage import file_sha256
 D_IN, D_SAE, SCALE = 4, 7, 0.037  # residuals are 27 times as large as what training saw
 FINGERPRINT = experiment_fingerprint(experiment.__file__)
 LM = SimpleNamespace(name="a model", d_in=D_IN)
-# (learned, alpha of either seed): cosine, blends, linear, and the learned blend.
+# (norm restored, alpha of either seed): cosine, blends, linear, and the restored cosine.
 BLENDS = [(False, [0.0, 0.0]), (False, [0.3, 0.9]), (False, [1.0, 1.0]), (True, [0.0, 0.0])]
 
 
@@ -36,13 +36,13 @@ def known_to_sae_lens() -> type:
 class Stub:
     """A trainer at its end: two seeds in the middle of nowhere, with or without an average."""
 
-    layer, units = 3, Calibration(SCALE, torch.zeros(D_IN), 1.0, 100.0, 0.0)
+    layer, units = 3, Calibration(SCALE, torch.zeros(D_IN), 100.0, 0.0)
 
-    def __init__(self, learned: bool, alphas: list[float], unit_rows: bool, average: bool = False):
-        self.sae, self.alphas = random_sae(learned=learned), alphas
+    def __init__(self, restored: bool, alphas: list[float], unit_rows: bool, average: bool = False):
+        self.sae, self.alphas = random_sae(restored=restored), alphas
         if unit_rows:
             self.sae.normalize_()
-        run = experiment.RUNS["run_10" if learned else "run_1"]
+        run = experiment.RUNS["run_10" if restored else "run_1"]
         self.settings = {"run": asdict(run), "recipe": asdict(RECIPE)}
         self.average = experiment.WeightAverage(self.sae.parameters()) if average else None
         if average:
@@ -72,11 +72,8 @@ def raw_rows(n: int = 50) -> torch.Tensor:
 def plain(sae, seed: int, alpha: float, x: torch.Tensor, scale: float = SCALE) -> SimpleNamespace:
     """From the trained tensors of one seed, in float64 and latent by latent, in residual units."""
     w = {name: p.detach().double() for name, p in sae.named_parameters()}
-    k, exponent = (w["log_k"].exp()[seed], w["exponent"][seed]) if sae.learned else (1.0, 0.0)
     weights = (w[name][seed : seed + 1] for name in ("b_dec", "W_enc", "gate", "b_enc"))
-    if sae.learned:
-        k, exponent = k[None], exponent[None]
-    f = loop_pre_activations(x[None] * scale, *weights, alpha, k, exponent)[0].clamp(0)
+    f = loop_latents(x[None] * scale, *weights, alpha, sae.run.norm_restored)[0]
     norm_F = w["W_dec"][seed].norm(dim=-1)
     return SimpleNamespace(
         latents=f * norm_F / scale,
@@ -100,13 +97,13 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, error: float = 1e-
 @torch.no_grad()
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("unit_rows", [True, False])
-@pytest.mark.parametrize(("learned", "alphas"), BLENDS)
+@pytest.mark.parametrize(("restored", "alphas"), BLENDS)
 def test_a_saved_sae_does_to_raw_activations_what_the_trained_one_does(
-    learned, alphas, unit_rows, seed, tmp_path
+    restored, alphas, unit_rows, seed, tmp_path
 ):
     import sae_lens
 
-    trainer, x = Stub(learned, alphas, unit_rows), raw_rows()
+    trainer, x = Stub(restored, alphas, unit_rows), raw_rows()
     sae = sae_lens.SAE.load_from_disk(saved(trainer, tmp_path)[seed])
     expected = plain(trainer.sae, seed, alphas[seed], x)
     assert unit_rows == bool((expected.norm_F - 1).abs().max() < 1e-5)
@@ -163,11 +160,11 @@ def test_a_saved_sae_gives_the_training_saes_latents_in_residual_units(trained, 
 @torch.no_grad()
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("unit_rows", [True, False])
-@pytest.mark.parametrize(("learned", "alphas"), BLENDS)
+@pytest.mark.parametrize(("restored", "alphas"), BLENDS)
 def test_the_weights_that_sae_lens_shows_are_in_residual_units(
-    learned, alphas, unit_rows, seed, tmp_path
+    restored, alphas, unit_rows, seed, tmp_path
 ):
-    trainer = Stub(learned, alphas, unit_rows)
+    trainer = Stub(restored, alphas, unit_rows)
     sae = load_sae(saved(trainer, tmp_path)[seed])
     # The tokens that every blend sees as a linear encoder does: their distance is 1 in training.
     directions = torch.nn.functional.normalize(randn(40, D_IN), dim=-1)
@@ -193,12 +190,12 @@ def test_a_saved_sae_can_be_differentiated_by_its_input_as_attributions_need(tra
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("learned", "alphas"), BLENDS)
-def test_sae_lens_saves_it_again_and_reads_the_same(learned, alphas, tmp_path):
+@pytest.mark.parametrize(("restored", "alphas"), BLENDS)
+def test_sae_lens_saves_it_again_and_reads_the_same(restored, alphas, tmp_path):
     import sae_lens
 
     x = raw_rows()
-    sae = load_sae(saved(Stub(learned, alphas, False), tmp_path / "ours")[1])
+    sae = load_sae(saved(Stub(restored, alphas, False), tmp_path / "ours")[1])
     sae.save_model(tmp_path / "again")
     again = sae_lens.SAE.load_from_disk(tmp_path / "again")
     assert torch.equal(again.encode(x), sae.encode(x))
@@ -214,11 +211,11 @@ ROUNDING = {"float16": 2**-11, "bfloat16": 2**-8}
 @torch.no_grad()
 @pytest.mark.parametrize("loaded", [True, False], ids=["loaded in it", "converted"])
 @pytest.mark.parametrize("dtype", list(ROUNDING))
-@pytest.mark.parametrize(("learned", "alphas"), BLENDS)
-def test_in_half_precision_it_stays_within_rounding(learned, alphas, dtype, loaded, tmp_path):
+@pytest.mark.parametrize(("restored", "alphas"), BLENDS)
+def test_in_half_precision_it_stays_within_rounding(restored, alphas, dtype, loaded, tmp_path):
     import sae_lens
 
-    trainer, x = Stub(learned, alphas, False), raw_rows(400)
+    trainer, x = Stub(restored, alphas, False), raw_rows(400)
     (folder, _), half = saved(trainer, tmp_path), getattr(torch, dtype)
     sae = sae_lens.SAE.load_from_disk(folder, **({"dtype": dtype} if loaded else {}))
     sae = sae if loaded else sae.to(dtype=half)
@@ -337,7 +334,7 @@ def test_what_is_saved_is_a_copy_that_further_training_does_not_change(tmp_path)
     with torch.no_grad():
         for p in trainer.sae.parameters():
             p.add_(1)
-    names = ("W_enc", "W_dec", "gate", "b_enc", "b_dec", "log_k", "exponent")
+    names = ("W_enc", "W_dec", "gate", "b_enc", "b_dec")
     assert set(taken) == {f"trained.{name}" for name in names}
     for name, w in taken.items():
         assert torch.equal(w, before[name]) and not w.requires_grad and w.is_contiguous(), name
@@ -387,7 +384,7 @@ def test_buffers_belong_to_the_saved_sae_too_those_of_a_seed_and_those_of_all(
 
     x = raw_rows()
     for seed, folder in enumerate(saved(with_buffers, tmp_path, "buffers")):
-        with_buffers.sae.learned = False
+        with_buffers.sae.restored = False
         expected = plain(with_buffers.sae, seed, [0.3, 0.9][seed], x)
         sae = sae_lens.SAE.load_from_disk(folder, dtype=dtype)
         f = expected.latents * (seed + 1) * with_buffers.sae.shared
@@ -445,11 +442,11 @@ def test_read_outs_of_one_sae_are_encoded_together_and_as_each_would_be_alone(tm
 
 
 @pytest.mark.parametrize("average", [False, True])
-@pytest.mark.parametrize(("learned", "alphas"), BLENDS)
+@pytest.mark.parametrize(("restored", "alphas"), BLENDS)
 def test_a_saved_sae_that_computes_what_was_trained_passes_the_check(
-    learned, alphas, average, tmp_path
+    restored, alphas, average, tmp_path
 ):
-    trainer = Stub(learned, alphas, not average, average)
+    trainer = Stub(restored, alphas, not average, average)
     for seed, folder in enumerate(saved(trainer, tmp_path)):
         assert max(check_saved(trainer, folder, seed, raw_rows()).values()) < 1e-6
 

@@ -52,15 +52,10 @@ def test_alpha_falls_when_it_starts_above_its_end():
     assert experiment.alpha_at(run, 1.0) == pytest.approx(0.2)
 
 
-def test_the_learned_blend_has_no_alpha():
-    run = experiment.RUNS["run_10"]
-    assert [experiment.alpha_at(run, p) for p in (0.0, 0.5, 1.0)] == [0.0, 0.0, 0.0]
-
-
 def test_every_schedule_name_has_a_function_and_no_function_is_unreachable():
     named = {run.schedule for run in experiment.RUNS.values()}
     assert set(experiment.ALPHA_SCHEDULES) == named, "and every row of RUNS names one of them"
-    assert set(BY_HAND) | {"learned"} == named, "a schedule without a test"
+    assert set(BY_HAND) == named, "a schedule without a test"
 
 
 @pytest.mark.parametrize("progress", [-1e-9, 1 + 1e-9, -1.0, 2.0, math.nan])
@@ -189,10 +184,14 @@ def test_a_bad_value_of_a_run_is_refused_by_name(field, value):
         experiment.Run("bad", **{field: value})
 
 
-@pytest.mark.parametrize(("start", "end"), [(0.1, 0.9), (0.0, 0.5), (1.0, 1.0)])
-def test_a_learned_blend_with_an_alpha_is_refused(start, end):
-    with pytest.raises(ExperimentError, match="alpha_start=alpha_end=0"):
-        experiment.Run("bad", schedule="learned", alpha_start=start, alpha_end=end)
+@pytest.mark.parametrize(
+    ("start", "end", "readouts"),
+    [(0.1, 0.9, ()), (0.0, 0.5, ()), (1.0, 1.0, ()), (0.0, 0.0, (1.0,))],
+)
+def test_restoring_the_norm_of_what_still_has_it_is_refused(start, end, readouts):
+    alphas = {"alpha_start": start, "alpha_end": end, "readout_alphas": readouts}
+    with pytest.raises(ExperimentError, match="norm_restored is for the cosine"):
+        experiment.Run("bad", norm_restored=True, **alphas)
 
 
 NUMBERS = [field.name for field in fields(experiment.Recipe)]
@@ -270,7 +269,13 @@ def test_a_configuration_cannot_change_behind_its_own_check():
 
 # ── The plan ────────────────────────────────────────────────────────────────────────────────────
 
-METHOD = {"schedule": "linear", "alpha_start": 0.1, "alpha_end": 0.9, "ema": True}
+METHOD = {
+    "schedule": "linear",
+    "alpha_start": 0.1,
+    "alpha_end": 0.9,
+    "ema": True,
+    "norm_restored": False,
+}
 # What each run changes of the method.
 PLAN = {
     "run_1": {},
@@ -282,7 +287,13 @@ PLAN = {
     "run_7": {"schedule": "fixed", "alpha_start": 1.0, "alpha_end": 1.0, "ema": False},
     "run_8": {"schedule": "fixed", "alpha_start": 0.0, "alpha_end": 0.0, "ema": False},
     "run_9": {"ema": False},
-    "run_10": {"schedule": "learned", "alpha_start": 0.0, "alpha_end": 0.0, "ema": False},
+    "run_10": {
+        "schedule": "fixed",
+        "alpha_start": 0.0,
+        "alpha_end": 0.0,
+        "ema": False,
+        "norm_restored": True,
+    },
 }
 # What a row's title says, for each field it may change.
 WORDS = {
@@ -295,7 +306,7 @@ WORDS = {
     "run_7": ("vanilla", "alpha = 1", "no EMA"),
     "run_8": ("cosine only", "alpha = 0", "no EMA"),
     "run_9": ("without the EMA",),
-    "run_10": ("learned blend", "2606.15054"),
+    "run_10": ("cosine decides what fires", "norm restored", "2606.15054"),
 }
 
 

@@ -37,6 +37,19 @@ def test_a_seed_is_trained_to_each_target_as_it_is_to_that_target_alone(run):
     assert not torch.allclose(both.sae.b_enc[:2], both.sae.b_enc[2:]), "the targets part them"
 
 
+def test_a_seed_reads_its_own_rows_whatever_its_target():
+    own = torch.stack([batch(1), batch(2)])
+    both, apart = trainer_of(experiment.RUNS["run_7"], target_l0s=(4.0, 8.0)), []
+    logged = both.step(own)
+    for rows in own:
+        alone = trainer_of(experiment.RUNS["run_7"], target_l0s=(4.0, 8.0))
+        apart.append(alone.step(rows))
+    for seed, expected in enumerate(apart):
+        for name in ("loss", "mse", "l0", "grad_norm"):
+            torch.testing.assert_close(logged[name][seed::2], expected[name][seed::2])
+    assert not torch.allclose(logged["mse"], apart[0]["mse"])
+
+
 def test_the_same_seed_starts_alike_for_every_target():
     trainer, _ = after(0, "run_1", 4.0, 8.0)
     assert torch.equal(trainer.sae.W_dec[:2], trainer.sae.W_dec[2:])
