@@ -91,8 +91,12 @@ def score_with_ours(scored: Scored, scale, lm, words: int | None) -> None:
             iter(evaluate_probing(scale, lm, {layer: some}, folder).values())))  # fmt: skip
         return
     first_letter_probes(scale, lm, layer)
-    scored(f"absorption at {words} words", lambda some, folder: evaluate_absorption(
-        scale, lm, layer, some, folder))  # fmt: skip
+
+    def absorption(some: dict[str, Path], folder: Path) -> list[dict]:
+        found = evaluate_absorption(scale, lm, layer, some, folder)
+        return [its.get("sae_bench", its) for its in found]  # before: SAE-Bench's result alone
+
+    scored(f"absorption at {words} words", absorption)
 
 
 def score_stock(scored: Scored, scale, lm, words: int | None) -> None:

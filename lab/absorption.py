@@ -7,6 +7,7 @@ import torch
 from lab.bench import evaluation_key, sae_bench
 from lab.language_model import LanguageModel
 from lab.process import require, say
+from lab.quick_absorption import shares_of_words
 from lab.quick_k_sparse import F1_JUMP
 from lab.saved_sae import load_sae
 from lab.scales import Scale
@@ -77,8 +78,12 @@ def absorption_config(scale: Scale, lm: LanguageModel):
 
 def evaluate_absorption(
     scale: Scale, lm: LanguageModel, layer: int, saved: dict[str, Path], folder: Path
-) -> list[dict | None]:
-    """SAE-Bench absorption of the saved SAEs; None where the model knows too few letters for it."""
+) -> list[dict]:
+    """Absorption of the saved SAEs: {"sae_bench": its own result, "words": what becomes of words of
+    the letters that it scores}, both None where the model knows too few letters for it.
+
+    SAE-Bench's JSON files land in `folder`.
+    """
     lm = lm.reading_in(getattr(torch, scale.evaluation_dtype))
     probes, config = first_letter_probes(scale, lm, layer), absorption_config(scale, lm)
     saes = [(name, load_sae(path).to(lm.device)) for name, path in saved.items()]
@@ -86,4 +91,12 @@ def evaluate_absorption(
         found = bench.absorption.run_eval(
             config, saes, str(lm.device), str(bench.folder), force_rerun=True
         )
-    return [found.get(f"{name}_custom_sae") for name, _ in saes]
+        words = bench.words
+    results = []
+    for name, sae in saes:
+        its, shares = found.get(f"{name}_custom_sae"), None
+        if its:
+            letters = [letter["first_letter"] for letter in its["eval_result_details"]]
+            shares = shares_of_words(letters, words.found[id(sae)], words.residuals)
+        results.append({"sae_bench": its, "words": shares})
+    return results

@@ -256,7 +256,12 @@ def sae_bench(
         substitute(dataset_utils, get_multi_label_train_test_data=lru_cache(maxsize=1)(read))
         try:
             yield SimpleNamespace(
-                absorption=absorption, probing=probing, common=common, model=model, folder=folder
+                absorption=absorption,
+                probing=probing,
+                common=common,
+                model=model,
+                folder=folder,
+                words=words_of_layer,
             )
         finally:
             set_generators(before)

@@ -145,7 +145,7 @@ def evaluate(
         decoders = [load_sae(path).W_dec for path in saved[layer].values()]
         for target_l0, seeds, own in each_target(scale, layer, records):
             notes = units_notes(units[layer])
-            if None in absorption[layer][seeds]:
+            if any(found["sae_bench"] is None for found in absorption[layer][seeds]):
                 f1 = load_file(first_letter_probes(scale, lm, layer) / "probe.safetensors")["f1"]
                 notes["absorption"] = (
                     "null: SAE-Bench needs 20 letters whose probe reaches F1 0.6; of "

@@ -112,13 +112,24 @@ ABSORPTION_NAMES = {  # ours -> (SAE-Bench's mean, its per-letter value)
 }
 
 
-def absorption_metrics(found: dict | None) -> dict[str, float | None]:
-    """One SAE's absorption numbers, from SAE-Bench's result; None where it gave none."""
-    if found is None:
+# What becomes of the scored words (lab/quick_absorption.py has their definitions).
+WORDS = (
+    "absorption_main_fires",
+    "absorption_absorbed",
+    "absorption_lost",
+    "l0_on_words",
+    "fvu_on_words",
+)
+
+
+def absorption_metrics(found: dict) -> dict[str, float | None]:
+    """One SAE's absorption numbers, of evaluate_absorption(); None where SAE-Bench gave none."""
+    its = found["sae_bench"]
+    if its is None:
         names = [f"{name}{end}" for name in ABSORPTION_NAMES for end in ("", "_sd_over_letters")]
-        return dict.fromkeys([*names, "absorption_letters", "absorption_split_latents"])
-    mean, letters = found["eval_result_metrics"]["mean"], found["eval_result_details"]
-    metrics = {}
+        return dict.fromkeys([*names, "absorption_letters", "absorption_split_latents", *WORDS])
+    mean, letters = its["eval_result_metrics"]["mean"], its["eval_result_details"]
+    metrics = {name: found["words"][name] for name in WORDS}
     for name, (score, detail) in ABSORPTION_NAMES.items():
         metrics[name] = mean[score]
         metrics[f"{name}_sd_over_letters"] = sd_or_none([letter[detail] for letter in letters])

@@ -1,12 +1,14 @@
 """SAE-Bench's absorption of words with its own results in less time: a letter's words at once.
 
-The prompts of a layer are asked of the language model once.
+The prompts of a layer are asked of the language model once.  Beside SAE-Bench's scores it is noted
+what becomes of each word, and how well the SAE does on the words that absorption is scored on.
 
 Each function stands for one of SAE-Bench's of the same name and draws the same random numbers in
 the same order.
 """
 
 import re
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,6 +52,18 @@ def fraction_and_full(
     return fraction_N, full_N
 
 
+class OfWords(NamedTuple):
+    """What an SAE makes of N words, each read at its last token."""
+
+    fraction_N: np.ndarray  # SAE-Bench's absorption fraction
+    full_N: (
+        np.ndarray
+    )  # SAE-Bench's full absorption: the main latents are silent, another carries it
+    silent_N: np.ndarray  # whether the letter's main latents are silent
+    l0_N: np.ndarray  # latents that fire
+    error_N: np.ndarray  # ||x - x_hat||^2
+
+
 class AbsorptionOfWords:
     """Absorption of the words that each letter's probe finds, all of a letter's at once.
 
@@ -60,6 +74,7 @@ class AbsorptionOfWords:
     def __init__(self):
         self.asked: tuple[int, dict[str, list[str]]] | None = None  # (layer, words by letter)
         self.residuals: dict[str, torch.Tensor] = {}  # letter -> [words, D]
+        self.found: dict[int, dict[str, OfWords]] = {}  # id(sae) -> letter -> what it makes of them
 
     @torch.no_grad()
     def calculate_projection_and_cos_sims(
@@ -72,20 +87,20 @@ class AbsorptionOfWords:
         if (layer, words) != self.asked:
             self.residuals = self._residuals(calculator, words, f"blocks.{layer}.hook_resid_post")
             self.asked = layer, words
-        tables = []
+        tables, own = [], self.found.setdefault(id(sae), {})
         for letter, stats in likely_negs.items():
             if not words[letter]:
                 continue
             batches = self.residuals[letter].split(calculator.batch_size)
             direction = probe.weights[LETTERS.index(letter)]
-            fraction_N, full_N = absorption(sae, batches, direction, stats.split_feats)
+            found = own[letter] = absorption(sae, batches, direction, stats.split_feats)
             columns = {
                 "letter": letter,
                 "token": words[letter],
                 "num_probe_true_positives": stats.probe_true_positives,
                 "split_feats": [stats.split_feats] * len(words[letter]),
-                "absorption_fraction": fraction_N,
-                "is_full_absorption": full_N,
+                "absorption_fraction": found.fraction_N,
+                "is_full_absorption": found.full_N,
             }
             tables.append(DataFrame(columns))
         return concat(tables, ignore_index=True)
@@ -110,9 +125,9 @@ class AbsorptionOfWords:
 @torch.no_grad()
 def absorption(
     sae, batches: list[torch.Tensor], direction: torch.Tensor, main: list[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Of one letter's words, their residuals in batches [B, D]: (fraction [N], whether full [N]),
-    from the same batches and in the same precision as SAE-Bench's, one word after the other."""
+) -> OfWords:
+    """Of one letter's words, their residuals in batches [B, D], from the same batches and in the
+    same precision as SAE-Bench's, one word after the other."""
     direction = direction / direction.norm()
     cos_F = torch.nn.functional.cosine_similarity(direction.to(sae.device), sae.W_dec, dim=-1)
     cos_F = cos_F.float()
@@ -127,7 +142,34 @@ def absorption(
     index_N = part_NF.argmax(-1)
     top_N = acts_NF.gather(1, index_N[:, None])[:, 0].double() * cos_F[index_N].double()
     silent_N = (acts_NF[:, main] < 1e-8).all(-1)
-    found = fraction_and_full(
+    scores = fraction_and_full(
         main_N.to(top_N.device), absorbed_N, top_N, cos_F[index_N] >= 0.025, silent_N, projection_N
     )
-    return tuple(of_words.cpu().numpy() for of_words in found)
+    x_hat_ND = sae.decode(acts_NF)
+    error_N = (torch.cat(batches).to(x_hat_ND.device) - x_hat_ND).double().square().sum(-1)
+    found = *scores, silent_N, (acts_NF > 0).sum(-1), error_N
+    return OfWords(*(of_words.cpu().numpy() for of_words in found))
+
+
+def shares_of_words(
+    letters: list[str], found: dict[str, OfWords], residuals: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    """What becomes of the words of some letters: each letter's shares, then their mean over letters
+    as SAE-Bench has it, so that `absorbed` is its full absorption; of all words together the L0
+    and FVU.
+
+    A word's main latents fire, or it is absorbed (they are silent, and another latent carries at
+    least 0.4 of the residual's projection on the probe), or lost (silent, and none does).
+    """
+    of_letters = [found[letter] for letter in letters]
+    fires = float(np.mean([1 - words.silent_N.mean() for words in of_letters]))
+    absorbed = float(np.mean([words.full_N.mean() for words in of_letters]))
+    x_ND = torch.cat([residuals[letter] for letter in letters]).double()
+    spread = (x_ND - x_ND.mean(0)).square().sum().item()
+    return {
+        "absorption_main_fires": fires,
+        "absorption_absorbed": absorbed,
+        "absorption_lost": 1 - fires - absorbed,
+        "l0_on_words": float(np.concatenate([words.l0_N for words in of_letters]).mean()),
+        "fvu_on_words": float(sum(words.error_N.sum() for words in of_letters)) / spread,
+    }

@@ -60,7 +60,7 @@ def layer_results(
     records: list[dict],
     fidelities: list[Fidelity],
     probing: list[dict],
-    absorption: list[dict | None],
+    absorption: list[dict],
     decoders: list[torch.Tensor],
 ) -> dict:
     """final_info.json's entry of one layer and target, from one value per seed of everything."""
@@ -79,9 +79,9 @@ def layer_results(
     letters: dict[str, dict[str, list[float]]] = {}
     for name, (_, detail) in ABSORPTION_NAMES.items():
         rates = [
-            {d["first_letter"]: d[detail] for d in a["eval_result_details"]}
+            {d["first_letter"]: d[detail] for d in a["sae_bench"]["eval_result_details"]}
             for a in absorption
-            if a
+            if a["sae_bench"]
         ]
         common = sorted(set.intersection(*map(set, rates))) if len(rates) == scale.n_seeds else []
         letters[name] = {letter: [r[letter] for r in rates] for letter in common}
@@ -105,7 +105,7 @@ def layer_results(
         **probing_details(scale, probing),
         "sae_bench": {
             "sparse_probing": [without_times(p) for p in probing],
-            "absorption": [without_times(a) for a in absorption],
+            "absorption": [without_times(a["sae_bench"]) for a in absorption],
         },
     }
 

@@ -2,6 +2,7 @@
 
 import shutil
 
+import pytest
 from safetensors.torch import load_file, save_file
 
 from lab.absorption import evaluate_absorption
@@ -15,6 +16,16 @@ def test_absorption_really_runs_on_at_least_20_letters(evaluated):
         assert None not in metrics.values()
         assert 0 < metrics["absorption_fraction"] < 1
         assert metrics["absorption_fraction_sd_over_letters"] > 0
+
+
+def test_what_becomes_of_the_words_goes_with_the_score(evaluated, trained):
+    for _, absorption in evaluated.scores:
+        found = absorption_metrics(absorption)
+        shares = [found[f"absorption_{name}"] for name in ("main_fires", "absorbed", "lost")]
+        assert sum(shares) == pytest.approx(1) and min(shares) >= 0
+        assert found["absorption_absorbed"] == pytest.approx(found["absorption_full"], abs=1e-12)
+        assert 1 < found["l0_on_words"] < trained.scale.d_sae
+        assert 0 < found["fvu_on_words"] < 2
 
 
 def test_absorption_would_score_latents_in_training_units_differently(evaluated, trained, tmp_path):

@@ -237,13 +237,14 @@ def test_evaluation_leaves_the_saved_saes_untouched(evaluated):
 
 def test_the_json_files_hold_what_is_returned(evaluated, trained):
     for name, pair in zip(trained.saved, evaluated.scores, strict=True):
-        for kind, returned in zip(("sparse_probing", "absorption"), pair, strict=True):
+        returned = {"sparse_probing": pair[0], "absorption": pair[1]["sae_bench"]}
+        for kind, its in returned.items():
             path = evaluated.cwd / "eval" / kind / f"{name}_custom_sae_eval_results.json"
             on_disk = json.loads(path.read_text())
             metrics = on_disk["eval_result_metrics"]
             for group, values in metrics.items():
                 for metric, value in values.items():
-                    assert returned["eval_result_metrics"][group][metric] == value
+                    assert its["eval_result_metrics"][group][metric] == value
 
 
 def test_scores_do_not_depend_on_what_was_cached_or_evaluated_before(

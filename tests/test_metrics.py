@@ -10,6 +10,7 @@ import torch
 
 import lab.metrics
 from lab.metrics import (
+    WORDS,
     absorption_metrics,
     between_seeds,
     mean_or_none,
@@ -242,7 +243,7 @@ def probing(top_1: tuple[float, float], top_2: tuple[float, float], **more) -> d
 
 
 def absorption(full: dict[str, float], fraction: dict[str, float], **more) -> dict:
-    """SAE-Bench's absorption result of some letters; its means are its own, not ours to remake."""
+    """Of some letters, as evaluate_absorption() has it; the means are SAE-Bench's, not remade."""
     mean = {
         "mean_full_absorption_score": 0.11,
         "mean_absorption_fraction_score": 0.22,
@@ -256,7 +257,8 @@ def absorption(full: dict[str, float], fraction: dict[str, float], **more) -> di
         }
         for letter in full
     ]
-    return {"eval_result_metrics": {"mean": mean}, "eval_result_details": details, **more}
+    its = {"eval_result_metrics": {"mean": mean}, "eval_result_details": details, **more}
+    return {"sae_bench": its, "words": dict(zip(WORDS, (0.7, 0.11, 0.19, 90.0, 0.4), strict=True))}
 
 
 def test_probing_metrics_are_sae_benchs_numbers_under_our_names():
@@ -281,11 +283,16 @@ def test_absorption_metrics_are_sae_benchs_means_and_our_sd_over_letters():
         "absorption_fraction_sd_over_letters": pytest.approx(0.2 * math.sqrt(2)),
         "absorption_letters": 2.0,
         "absorption_split_latents": 1.5,
+        "absorption_main_fires": 0.7,
+        "absorption_absorbed": 0.11,
+        "absorption_lost": 0.19,
+        "l0_on_words": 90.0,
+        "fvu_on_words": 0.4,
     }
 
 
 def test_missing_absorption_has_the_same_names_and_no_values():
     there = absorption_metrics(absorption({"a": 0.0}, {"a": 0.1}))
-    missing = absorption_metrics(None)
+    missing = absorption_metrics({"sae_bench": None, "words": None})
     assert set(missing) == set(there)
     assert set(missing.values()) == {None}

@@ -1,6 +1,7 @@
 """What stands for SAE-Bench's absorption finds what its own finds, word by word; and a whole
 evaluation with all that is quicker is SAE-Bench's own."""
 
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pandas
@@ -8,8 +9,8 @@ import pytest
 import torch
 from tiny import scores
 
+import lab.absorption
 from lab import quick_absorption, quick_k_sparse, quick_probing
-from lab.results import without_times
 
 
 def prompted(words: dict[str, list[str]]) -> tuple[SimpleNamespace, list]:
@@ -53,7 +54,12 @@ def letters():
     torch.manual_seed(0)
     W_dec = torch.nn.functional.normalize(torch.randn(90, 64), dim=-1)
     saes = [
-        SimpleNamespace(W_dec=W_dec, device="cpu", encode=lambda x, t=t: (x @ W_dec.T - t).relu())
+        SimpleNamespace(
+            W_dec=W_dec,
+            device="cpu",
+            encode=lambda x, t=t: (x @ W_dec.T - t).relu(),
+            decode=lambda f: f @ W_dec + 0.1,
+        )
         for t in (0.0, 3.0)
     ]
     probe = LinearProbe(64, 26)
@@ -91,6 +97,38 @@ def test_absorption_of_words_is_sae_benchs_own_to_the_bit_and_prompts_are_read_o
     calculator, batches = prompted(words)
     ours.calculate_projection_and_cos_sims(calculator, saes[0], probe, 1, stats)
     assert batches, "other words"
+
+
+def test_what_becomes_of_words_is_what_sae_benchs_own_output_says_of_each(letters):
+    """Shares, word by word from its table; L0 and FVU from the residuals, one word at a time."""
+    from sae_bench.evals.absorption.feature_absorption import calculate_projection_and_cos_sims
+
+    saes, probe, words, stats = letters
+    calculator, _ = prompted(words)
+    ours = quick_absorption.AbsorptionOfWords()
+    for sae in saes:
+        theirs = calculate_projection_and_cos_sims(calculator, sae, probe, 1, stats)
+        ours.calculate_projection_and_cos_sims(calculator, sae, probe, 1, stats)
+        shares = []
+        for letter in "ac":
+            fates = []
+            for _, word in theirs[theirs["letter"] == letter].iterrows():
+                fires = any(activation >= 1e-8 for activation in word["split_feat_acts"])
+                assert not (fires and word["is_full_absorption"])
+                fates.append([fires, word["is_full_absorption"]])
+                fates[-1].append(not any(fates[-1]))
+            shares.append(torch.tensor(fates).double().mean(0))
+        expected = sum(shares) / 2
+        assert expected.min() > 0 or sae is saes[0], "of the second SAE each happens"
+        rows = [row for letter in "ac" for row in ours.residuals[letter]]
+        fired = sum(int((sae.encode(x[None]) > 0).sum()) for x in rows)
+        error = sum(((x - sae.decode(sae.encode(x[None]))[0]) ** 2).sum().double() for x in rows)
+        mean = sum(rows) / len(rows)
+        spread = sum(((x - mean) ** 2).sum().double() for x in rows)
+        found = quick_absorption.shares_of_words(["a", "c"], ours.found[id(sae)], ours.residuals)
+        assert list(found.values())[:3] == pytest.approx(expected.tolist())
+        assert found["l0_on_words"] == pytest.approx(fired / len(rows))
+        assert found["fvu_on_words"] == pytest.approx((error / spread).item(), rel=1e-5)
 
 
 def test_prompts_of_unequal_length_are_refused_as_sae_bench_does(letters):
@@ -141,12 +179,16 @@ def test_whole_evaluations_are_sae_benchs_own_to_the_last_digit(
     monkeypatch.setattr(quick_k_sparse, "in_whole_batches", DataLoader)
     monkeypatch.setattr(quick_absorption, "_parse_probe_data_split", common._parse_probe_data_split)
     words = feature_absorption.calculate_projection_and_cos_sims
-    stock = SimpleNamespace(calculate_projection_and_cos_sims=words)
+    stock = SimpleNamespace(
+        calculate_projection_and_cos_sims=words, found=defaultdict(dict), residuals={}
+    )
+    monkeypatch.setattr(lab.absorption, "shares_of_words", lambda *_: None)
     monkeypatch.setattr(quick_absorption, "AbsorptionOfWords", lambda: stock)
     monkeypatch.setattr(quick_probing, "train_probe_gpu", probe_training.train_probe_gpu)
     as_it_comes = lambda theirs, *args, **how: theirs(*args, **how)  # noqa: E731
     monkeypatch.setattr(quick_probing, "train_probe_on_activations", as_it_comes)
     name, folder = next(iter(trained.saved.items()))
     (found,) = scores(trained, {name: folder}, tmp_path / "theirs")
-    for theirs, ours in zip(found, evaluated.scores[0], strict=True):
-        assert without_times(theirs) == without_times(ours)
+    (probing, absorption), (our_probing, our_absorption) = found, evaluated.scores[0]
+    assert probing == our_probing
+    assert absorption["sae_bench"] == our_absorption["sae_bench"]

@@ -166,12 +166,12 @@ def test_a_letter_that_one_seed_lacks_is_left_out_of_the_comparison_of_all():
 
 def test_absorption_that_could_not_be_measured_is_null_and_nothing_else_is():
     arguments = made_up()
-    arguments["absorption"] = [None, None, None]
+    arguments["absorption"] = [{"sae_bench": None, "words": None}] * 3
     for record in arguments["records"]:
         record |= {"online_absorption_fraction": None, "online_absorption_full": None}
     found = layer_results(**arguments)
     missing = {name for name, mean in found["means"].items() if mean is None}
-    assert missing == {name for name in found["means"] if "absorption" in name}
+    assert missing == {n for n in found["means"] if "absorption" in n or n.endswith("_on_words")}
     assert all(found["final_info_dict"][n] == [None] * 3 for n in missing if "over_seeds" not in n)
     assert found["per_letter"] == {"absorption_full": {}, "absorption_fraction": {}}
     assert found["sae_bench"]["absorption"] == [None, None, None]

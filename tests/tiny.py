@@ -431,13 +431,13 @@ def trained(model: Path, folder: Path) -> SimpleNamespace:
 
 
 def scores(trained, saved: dict[str, Path], folder: Path) -> list[tuple]:
-    """SAE-Bench's two results for each saved SAE, less the time of day."""
+    """The two halves' results for each saved SAE, less the time of day."""
     both = trained.scale, trained.lm
     probing = evaluate_probing(*both, {1: saved}, folder / "sparse_probing")
     absorption = evaluate_absorption(*both, 1, saved, folder / "absorption")
     assert list(probing) == [(1, None)]
-    pairs = zip(probing[1, None], absorption, strict=True)
-    return [tuple(map(without_times, pair)) for pair in pairs]
+    absorption = [a | {"sae_bench": without_times(a["sae_bench"])} for a in absorption]
+    return list(zip(map(without_times, probing[1, None]), absorption, strict=True))
 
 
 def package_files() -> dict[str, tuple[int, int]]:
