@@ -221,13 +221,11 @@ def sae_bench(
         )
         substitute(common, _parse_probe_data_split=quick_absorption._parse_probe_data_split)
         substitute(absorption_probing, DataLoader=quick_k_sparse.in_whole_batches)
-        k_sparse = partial(
-            quick_probing.train_probe_on_activations, probe_training.train_probe_on_activations
-        )
+        probes_of = quick_probing.ProbesOnActivations(probe_training.train_probe_on_activations)
         substitute(
             probe_training,
             train_probe_gpu=quick_probing.train_probe_gpu,
-            train_probe_on_activations=k_sparse,
+            train_probe_on_activations=probes_of,
         )
         for module in (common, feature_absorption):
             substitute(module, get_alpha_tokens=lambda *_, **__: list(words))
@@ -243,7 +241,7 @@ def sae_bench(
                 create_meaned_model_activations=seeded(texts.mean_residuals),
                 get_sae_meaned_activations=seeded(texts.mean_latents),
             )
-            one_task = partial(texts.one_task, probing.run_eval_single_dataset)
+            one_task = partial(texts.one_task, probing.run_eval_single_dataset, probes_of)
             substitute(probing, run_eval_single_dataset=one_task)
         substitute(dataset_utils, load_dataset=load_data_only)
         substitute(np, memmap=InMemory)

@@ -106,6 +106,18 @@ def probing_metrics(found: dict, k_values: tuple[int, ...]) -> dict[str, float]:
     return metrics
 
 
+def readout_metrics(found: dict, k_values: tuple[int, ...]) -> dict[str, float]:
+    """The same numbers as far as a read-out is scored: probes on k latents."""
+    metrics = {
+        f"probing_top_{k}": found["eval_result_metrics"]["sae"][f"sae_top_{k}_test_accuracy"]
+        for k in k_values
+    }
+    if 1 in k_values:
+        top_1 = [task["sae_top_1_test_accuracy"] for task in found["eval_result_details"]]
+        metrics["probing_top_1_sd_over_tasks"] = sd_or_none(top_1)
+    return metrics
+
+
 ABSORPTION_NAMES = {  # ours -> (SAE-Bench's mean, its per-letter value)
     "absorption_full": ("mean_full_absorption_score", "full_absorption_rate"),
     "absorption_fraction": ("mean_absorption_fraction_score", "mean_absorption_fraction"),

@@ -11,9 +11,14 @@ from lab.bench import evaluation_key, sae_bench
 from lab.language_model import LanguageModel
 from lab.packaged_text import TASK_CHARACTERS, TASKS
 from lab.process import require, say
+from lab.quick_probing import ProbesOnActivations
 from lab.saved_sae import latents_at_once, load_sae, read_out
 from lab.scales import Scale
 from lab.storage import cached, disjoint, save_tensors, tensor_sha256
+
+# On a CPU.  Latents of more rows at several alphas leave its cache between two passes over them; of
+# fewer rows, what is made of the weights alone and once a call takes longer.
+ROWS_AT_ONCE = 768
 
 
 class ProbingTexts:
@@ -26,17 +31,40 @@ class ProbingTexts:
     for all SAEs: those of all tasks would be gigabytes.
     """
 
-    def __init__(self, scale: Scale, lm: LanguageModel, folder: Path, saes: dict[int, list]):
-        """`saes`: {layer: SAEs that will be asked about}."""
-        self.scale, self.lm, self.folder, self.saes = scale, lm, folder, saes
+    def __init__(
+        self,
+        scale: Scale,
+        lm: LanguageModel,
+        folder: Path,
+        saes: dict[int, list],
+        readouts: dict[int, list] | None = None,
+    ):
+        """`saes`: {layer: SAEs that will be asked about}; `readouts`: {id(sae): the same SAE with
+        other alphas}, which are probed as soon as it is, on the texts that were drawn for it."""
+        self.scale, self.lm, self.folder = scale, lm, folder
+        self.saes, self.readouts = saes, readouts or {}
+        self.handles: list[dict[str, str]] = []  # of the SAE that is scored: train, test
         self.latents: dict[tuple[str, int], torch.Tensor] = {}  # (handle, id(sae)) -> [texts, F]
         self.scored: dict[tuple[str, int], tuple] = {}  # (task, id(sae)) -> SAE-Bench's results
+        # (task, id(read-out)) -> {k: {class: test accuracy}}
+        self.read: dict[tuple[str, int], dict[int, dict[str, float]]] = {}
 
     def one_task(
-        self, theirs: Callable, task: str, config, sae, model, layer, hook, device, folder, save
+        self,
+        theirs: Callable,
+        probes: ProbesOnActivations,
+        task: str,
+        config,
+        sae,
+        model,
+        layer,
+        hook,
+        device,
+        folder,
+        save,
     ) -> tuple:
         """SAE-Bench's run_eval_single_dataset (`theirs`), for every SAE as soon as one asks: it
-        would go through all tasks with one SAE before the next."""
+        would go through all tasks with one SAE before the next.  `probes` are what it trains."""
         from sae_bench.sae_bench_utils.general_utils import _standardize_sae_cfg
 
         if (task, id(sae)) not in self.scored:
@@ -45,9 +73,15 @@ class ProbingTexts:
                 layer, hook = other.cfg.hook_layer, other.cfg.hook_name
                 beside = Path(folder).with_name(hook)
                 beside.mkdir(exist_ok=True)
+                self.handles.clear()
                 self.scored[task, id(other)] = theirs(
                     task, config, other, model, layer, hook, device, str(beside), save
                 )
+                for swapped in self.readouts.get(id(other), ()):
+                    train, test = (self._means(handles, swapped) for handles in self.handles)
+                    self.read[task, id(swapped)] = {
+                        k: probes.again(train, test, k) for k in self.scale.readout_k_values
+                    }
         return self.scored.pop((task, id(sae)))
 
     @torch.no_grad()
@@ -128,6 +162,10 @@ class ProbingTexts:
     @torch.no_grad()
     def mean_latents(self, handles: dict[str, str], sae, batch: int) -> dict[str, torch.Tensor]:
         """SAE-Bench's get_sae_meaned_activations: {class: [texts, F]}, equal to rounding."""
+        self.handles.append(dict(handles))  # SAE-Bench empties its own
+        return self._means(handles, sae)
+
+    def _means(self, handles: dict[str, str], sae) -> dict[str, torch.Tensor]:
         for handle in handles.values():
             if (handle, id(sae)) not in self.latents:
                 self._encode(handle)
@@ -139,19 +177,50 @@ class ProbingTexts:
     def _encode(self, handle: str) -> None:
         """Means of the latents of one class's texts, for every SAE of every layer."""
         n_texts, chunks = self._kept_rows(handle)
+        asked = {
+            layer: [one for sae in saes for one in (sae, *self.readouts.get(id(sae), ()))]
+            for layer, saes in self.saes.items()
+        }
         means = {
             (layer, id(sae)): MeanByText(n_texts, sae.cfg.d_sae, sae.device)
-            for layer, saes in self.saes.items()
+            for layer, saes in asked.items()
             for sae in saes
         }
-        for owner, rows in chunks:
+        for owner, rows in in_cache(chunks):
             for i, layer in enumerate(self.lm.layers):
                 x = rows[:, i]
-                for sae, f in latents_at_once(self.saes.get(layer, ()), x):
+                for sae, f in latents_at_once(asked.get(layer, ()), x):
                     means[layer, id(sae)].add(owner, f)
         digest, dtype = handle.split("/")[1], getattr(torch, self.scale.evaluation_dtype)
         for (layer, sae), mean in means.items():
             self.latents[f"{layer}/{digest}", sae] = mean.result().to("cpu", dtype)
+
+    def of_read_out(self, swapped) -> dict:
+        """What was found of a read-out, under the names that SAE-Bench's result has for it; what is
+        not scored (other k, all latents, the language model) is not there."""
+        details = [
+            {"dataset_name": f"{task}_results"}
+            | {
+                f"sae_top_{k}_test_accuracy": average([*by_class.values()])
+                for k, by_class in self.read[task, id(swapped)].items()
+            }
+            for task in self.scale.tasks
+        ]
+        names = details[0].keys() - {"dataset_name"}
+        means = {name: average([task[name] for task in details]) for name in sorted(names)}
+        return {"eval_result_metrics": {"sae": means}, "eval_result_details": details}
+
+
+def in_cache(chunks: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple]:
+    """The same (owners, rows), on a CPU at most ROWS_AT_ONCE of them at a time."""
+    for owner, rows in chunks:
+        n = ROWS_AT_ONCE if rows.device.type == "cpu" else max(1, len(rows))
+        yield from zip(owner.split(n), rows.split(n), strict=True)
+
+
+def average(values: list[float]) -> float:
+    """As SAE-Bench takes it, to the last digit."""
+    return sum(values) / len(values)
 
 
 class MeanByText:
@@ -246,28 +315,31 @@ def evaluate_probing(
     folder: Path,
     alphas: Iterable[float] = (),
 ) -> dict[tuple[int, float | None], list[dict]]:
-    """SAE-Bench sparse_probing of the saved SAEs {layer: {name: folder}}, each read out with its
-    own alpha (None) and with every one of `alphas`: {(layer, alpha): one result per SAE}.  An alpha
-    that is an SAE's own is not scored twice.
+    """SAE-Bench sparse_probing of the saved SAEs {layer: {name: folder}}, {(layer, None): one
+    result per SAE}; and {(layer, alpha): what of_read_out() says of each} read out with every one
+    of `alphas`.  An alpha that is an SAE's own is not scored twice: its result is the SAE's.
+
+    A read-out is probed on the very texts that were drawn for its SAE, at scale.readout_k_values
+    alone: the difference to the SAE is then the alpha's and not the draw's.
 
     SAE-Bench's JSON files land in `folder`.
     """
     dtype = getattr(torch, scale.evaluation_dtype)
     lm = lm.reading_in(dtype)
     artifacts, alphas = probing_artifacts(scale, lm), tuple(alphas)
-    saes: dict[int, dict[str, object]] = {layer: {} for layer in saved}
-    asked: dict[tuple[int, float | None], list[str]] = {}
-    for layer, paths in saved.items():
-        for name, path in paths.items():
-            own = saes[layer][name] = load_sae(path).to(lm.device, dtype)
-            for alpha in (None, *alphas):
-                read = name
-                if alpha not in (None, own.cfg.alpha):
-                    read = f"{name}_readout_{alpha:g}"
-                    saes[layer][read] = read_out(own, alpha)
-                asked.setdefault((layer, alpha), []).append(read)
+    saes = {
+        layer: {name: load_sae(path).to(lm.device, dtype) for name, path in paths.items()}
+        for layer, paths in saved.items()
+    }
     by_layer = {layer: list(of_layer.values()) for layer, of_layer in saes.items()}
-    texts, config = ProbingTexts(scale, lm, artifacts, by_layer), probing_config(scale, lm)
+    swapped = {
+        id(sae): {alpha: read_out(sae, alpha) for alpha in alphas if alpha != sae.cfg.alpha}
+        for of_layer in by_layer.values()
+        for sae in of_layer
+    }
+    readouts = {sae: list(by_alpha.values()) for sae, by_alpha in swapped.items()}
+    texts = ProbingTexts(scale, lm, artifacts, by_layer, readouts)
+    config = probing_config(scale, lm)
     with sae_bench(scale, lm, folder, texts=texts) as bench:
         found = bench.probing.run_eval(
             config,
@@ -277,4 +349,13 @@ def evaluate_probing(
             force_rerun=True,
             artifacts_path=str(artifacts),
         )
-    return {key: [found[f"{name}_custom_sae"] for name in names] for key, names in asked.items()}
+    results = {}
+    for layer, of_layer in saes.items():
+        own = {id(sae): found[f"{name}_custom_sae"] for name, sae in of_layer.items()}
+        results[layer, None] = list(own.values())
+        for alpha in alphas:
+            results[layer, alpha] = [
+                texts.of_read_out(swapped[sae][alpha]) if alpha in swapped[sae] else result
+                for sae, result in own.items()
+            ]
+    return results

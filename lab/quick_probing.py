@@ -66,29 +66,32 @@ class Drawn:
 
     def __init__(self, means: dict[str, torch.Tensor], label: str):
         others = [name for name in means if name != label]
-        self.n, positive = len(means[label]), means[label]
+        self.n = len(means[label])
         share = math.ceil(self.n / len(others))
         rows = [torch.randperm(len(means[other]))[:share] for other in others]
         chosen = torch.randperm(sum(map(len, rows)))[: self.n]
         order = torch.randperm(2 * self.n)
         self.is_positive = order < self.n
-        # Parts of either kind: (means of a class, rows of it, their places among the kind's).
-        self.positive = [(positive, order[self.is_positive], slice(None))]
+        # Parts of either kind: (a class, rows of its means, their places among the kind's).
+        self.positive = [(label, order[self.is_positive], slice(None))]
         drawn, self.negative, start = chosen[order[~self.is_positive] - self.n], [], 0
         for other, of_class in zip(others, rows, strict=True):
             places = ((drawn >= start) & (drawn < start + len(of_class))).nonzero()[:, 0]
-            self.negative.append((means[other], of_class[drawn[places] - start], places))
+            self.negative.append((other, of_class[drawn[places] - start], places))
             start += len(of_class)
 
-    def latents(self, columns: torch.Tensor | None = None) -> list[torch.Tensor]:
+    def latents(
+        self, means: dict[str, torch.Tensor], columns: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
         """Latents of the texts of the class, and of the others [n, F], or some columns of them."""
         found = []
         for parts in (self.positive, self.negative):
-            like = parts[0][0]
+            like = means[parts[0][0]]
             taken = like.new_empty(self.n, like.shape[1] if columns is None else len(columns))
-            for means, rows, places in parts:
-                rows = rows.to(means.device)
-                taken[places] = means[rows] if columns is None else means[rows[:, None], columns]
+            for label, rows, places in parts:
+                rows = rows.to(like.device)
+                at = (rows,) if columns is None else (rows[:, None], columns)
+                taken[places] = means[label][at]
             found.append(taken)
         return found
 
@@ -99,28 +102,48 @@ class Drawn:
         return x.numpy(), self.is_positive.int().numpy()
 
 
-def train_probe_on_activations(
-    theirs: Callable,
-    train_activations: dict[str, torch.Tensor],
-    test_activations: dict[str, torch.Tensor],
-    select_top_k: int | None = None,
-    **how,
-) -> tuple[dict, dict[str, float]]:
-    """Test accuracy of a probe for each class.  With k, on the k latents whose means differ most;
-    without, on all, that is SAE-Bench's own function (`theirs`) around train_probe_gpu()."""
-    if select_top_k is None:
-        return theirs(train_activations, test_activations, None, **how)
-    from sklearn.linear_model import LogisticRegression
+class ProbesOnActivations:
+    """SAE-Bench's train_probe_on_activations: test accuracy of a probe for each class.  With k, on
+    the k latents whose means differ most; without, on all, that is SAE-Bench's own function
+    (`theirs`) around train_probe_gpu().
 
-    assert not how, "SAE-Bench gives k-sparse probes no other settings"
-    accuracies = {}
-    for label in train_activations:
-        train, test = Drawn(train_activations, label), Drawn(test_activations, label)
-        positive, negative = train.latents()
-        apart_F = (positive.mean(dim=0) - negative.mean(dim=0)).abs()
-        columns = torch.argsort(apart_F, descending=True)[:select_top_k].sort().values
-        x, y = train.in_order(positive[:, columns], negative[:, columns])
-        probe = LogisticRegression(max_iter=1000).fit(x, y)
-        x, y = test.in_order(*test.latents(columns))
-        accuracies[label] = float((probe.predict(x) == y).mean())
-    return {}, accuracies
+    What is drawn for each k is remembered until it is drawn anew: the generator has moved by as
+    many epochs as the probe on all latents took, and other latents can be asked on the same texts.
+    """
+
+    def __init__(self, theirs: Callable):
+        self.theirs = theirs
+        self.drawn: dict[int, dict[str, tuple[Drawn, Drawn]]] = {}  # {k: {class: (train, test)}}
+
+    def __call__(
+        self,
+        train_activations: dict[str, torch.Tensor],
+        test_activations: dict[str, torch.Tensor],
+        select_top_k: int | None = None,
+        **how,
+    ) -> tuple[dict, dict[str, float]]:
+        if select_top_k is None:
+            return self.theirs(train_activations, test_activations, None, **how)
+        assert not how, "SAE-Bench gives k-sparse probes no other settings"
+        self.drawn[select_top_k] = {
+            label: (Drawn(train_activations, label), Drawn(test_activations, label))
+            for label in train_activations
+        }
+        return {}, self.again(train_activations, test_activations, select_top_k)
+
+    def again(
+        self, train_means: dict[str, torch.Tensor], test_means: dict[str, torch.Tensor], k: int
+    ) -> dict[str, float]:
+        """{class: test accuracy on k latents}, on the texts that were last drawn for this k."""
+        from sklearn.linear_model import LogisticRegression
+
+        accuracies = {}
+        for label, (train, test) in self.drawn[k].items():
+            positive, negative = train.latents(train_means)
+            apart_F = (positive.mean(dim=0) - negative.mean(dim=0)).abs()
+            columns = torch.argsort(apart_F, descending=True)[:k].sort().values
+            x, y = train.in_order(positive[:, columns], negative[:, columns])
+            probe = LogisticRegression(max_iter=1000).fit(x, y)
+            x, y = test.in_order(*test.latents(test_means, columns))
+            accuracies[label] = float((probe.predict(x) == y).mean())
+        return accuracies

@@ -217,7 +217,10 @@ def comparison(
         note = f"None: {baseline_name} is of another scale ({baseline_key}) and cannot be compared."
         tables.append(Table(title, note, []))
     if swapped := [(arm.row, cells(arm.value)) for arm in with_readouts(arms)]:
-        note = "The same SAEs, probed with another alpha than they were trained to."
+        note = (
+            "The same SAEs, probed with another alpha than they were trained to, on few latents "
+            "alone: what has a dash was not asked."
+        )
         tables += metric_tables("Read-out check", note, swapped, probing)
     return [*tables, online_table(trained)]
 

@@ -15,6 +15,7 @@ from lab.metrics import (
     pairwise_mcc,
     probing_metrics,
     rank_correlation,
+    readout_metrics,
     rounded,
     sd_or_none,
     stability,
@@ -102,7 +103,7 @@ def layer_results(
     return {
         **entry(values, alone),
         "per_letter": letters,
-        **probing_details(scale, probing),
+        **probing_details(scale.k_values, probing),
         "sae_bench": {
             "sparse_probing": [without_times(p) for p in probing],
             "absorption": [without_times(a["sae_bench"]) for a in absorption],
@@ -131,10 +132,10 @@ def entry(values: dict[str, list], alone: dict[str, float | None]) -> dict:
     }
 
 
-def probing_details(scale: Scale, probing: list[dict]) -> dict:
+def probing_details(k_values: tuple[int, ...], probing: list[dict]) -> dict:
     """{"per_task": {k: {task: [per seed]}}}: what paired differences between runs are made of."""
     per_task: dict[str, dict[str, list[float]]] = {}
-    for k in scale.k_values:
+    for k in k_values:
         rows = per_task[f"probing_top_{k}"] = {}
         for found in probing:
             for task in found["eval_result_details"]:
@@ -144,11 +145,15 @@ def probing_details(scale: Scale, probing: list[dict]) -> dict:
 
 
 def readout_results(scale: Scale, probing: list[dict]) -> dict:
-    """The entry of a read-out check: the same SAEs, probed with another alpha."""
-    per_seed = [probing_metrics(found, scale.k_values) for found in probing]
-    # The language model's own scores are those of the main entry.
-    values = {k: v for k, v in by_metric(per_seed).items() if not k.startswith("lm_")}
-    return entry(values, {}) | probing_details(scale, probing)
+    """The entry of a read-out check: the same SAEs, probed with another alpha at few latents."""
+    ks = scale.readout_k_values
+    values = by_metric([readout_metrics(found, ks) for found in probing])
+    said = (
+        "the SAEs of the entry of this name without its end, probed with another alpha on the very "
+        f"texts drawn for them, on {', '.join(map(str, ks))} latents: probes on all latents or on "
+        "another number, and the language model's own, are not of a read-out"
+    )
+    return entry(values, {}) | probing_details(ks, probing) | {"notes": {"read_out": said}}
 
 
 def without_times(found: dict | None) -> dict | None:

@@ -138,7 +138,10 @@ def register(experiment: str, build: Build) -> type:
             code gives latents [alphas, B, F] for one large matmul."""
             x = self.hook_sae_input(x.to(self.dtype))
             rows = x.reshape(-1, x.shape[-1]) * self.cfg.activation_scale
-            f = self.trained.encode(rows, alphas, self.dtype) * self.latent_units
+            f = self.trained.encode(rows, alphas, self.dtype)
+            # In place where f is ours alone: a memory of this size is slower to get than to fill.
+            ours = f.is_contiguous() and not f.requires_grad
+            f = f.mul_(self.latent_units) if ours else f * self.latent_units
             return [self.hook_sae_acts_post(one.reshape(*x.shape[:-1], -1)) for one in f]
 
         def decode(self, feature_acts: torch.Tensor) -> torch.Tensor:

@@ -134,6 +134,12 @@ class Scale:
         to the first target, then all seeds to the second."""
         return tuple(target for target in self.target_l0s for _ in range(self.n_seeds))
 
+    @property
+    def readout_k_values(self) -> tuple[int, ...]:
+        """The k at which SAEs read out with another alpha are probed: those up to 5, or the least.
+        A read-out asks about few latents, and is to cost little beside an SAE's own scores."""
+        return tuple(k for k in self.k_values if k <= 5) or (min(self.k_values),)
+
     def training_settings(self) -> dict:
         """What training depends on.  The packaged text leaves out what probing tasks hold, so there
         the tasks and their sizes belong to it; k is evaluation's alone."""

@@ -65,17 +65,16 @@ def usual_entry(level: float = 0.0, seeds: int = 3, tasks=("code", "news")) -> d
     }
 
 
-def read_out_entry(level: float = 0.0, seeds: int = 3) -> dict:
-    """What experiment.py writes of a read-out: only what depends on the alpha read with."""
-    whole = usual_entry(level, seeds)
-    names = [
-        *(f"probing_top_{k}" for k in KS),
-        "probing_all_latents",
-        "probing_top_1_sd_over_tasks",
-    ]
+def read_out_entry(level: float = 0.0, seeds: int = 3, ks: tuple[int, ...] = (1, 2, 5)) -> dict:
+    """What experiment.py writes of a read-out: probes on few latents.  With all KS as it did
+    before: probes on all latents too, and no notes."""
+    whole = usual_entry(level, seeds) | {"notes": {"read_out": "on few latents"}}
+    names = [*(f"probing_top_{k}" for k in ks), "probing_top_1_sd_over_tasks"]
+    names += ["probing_all_latents"] if ks == KS else []
     for part in ("means", "stderrs", "final_info_dict"):
         whole[part] = {name: whole[part][name] for name in names}
-    return {part: whole[part] for part in ("means", "stderrs", "final_info_dict", "per_task")}
+    parts = ["means", "stderrs", "final_info_dict", "per_task", *(["notes"] if ks != KS else [])]
+    return {part: whole[part] for part in parts}
 
 
 def records(layer: int, steps: int = 40, seeds: int = 3) -> list[dict]:
@@ -180,7 +179,7 @@ def alone(tmp_path_factory) -> Path:
     """A folder with one run of one seed, drawn by the real script."""
     folder = tmp_path_factory.mktemp("alone")
     info = {LAPTOP: usual_entry(seeds=1)}
-    info[f"{LAPTOP}, read out with alpha = 0"] = read_out_entry(seeds=1)
+    info[f"{LAPTOP}, read out with alpha = 0"] = read_out_entry(seeds=1, ks=KS)
     write_run(folder, "run_1", info, records(8, seeds=1))
     found = draw(folder)
     assert (found.returncode, found.stderr) == (0, "")

@@ -2,11 +2,15 @@
 
 import copy
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
+from sae_bench.evals.sparse_probing.probe_training import train_probe_on_activations as AS_IT_COMES
 from safetensors.torch import load_file
 
+import lab.probing
+from lab import quick_probing
 from lab.language_model import LanguageModel
 from lab.probing import MeanByText, ProbingTexts, evaluate_probing, latents_held
 from lab.process import ExperimentError
@@ -170,15 +174,86 @@ def test_several_read_outs_are_scored_in_one_evaluation(evaluated, trained, tmp_
     assert list(found) == [(1, None), (1, 0.0), (1, alpha), (1, 1.0)]
     own, cosine, again, linear = ([without_times(r) for r in rs] for rs in found.values())
     assert own == again == [probing for probing, _ in evaluated.scores]
-    for other in (cosine, linear):
-        assert [r["eval_result_metrics"]["llm"] for r in other] == [
-            r["eval_result_metrics"]["llm"] for r in own
-        ]
-        assert other != own
+    assert cosine != linear
+    scored = {f"sae_top_{k}_test_accuracy" for k in trained.scale.readout_k_values}
+    for result in (*cosine, *linear):
+        assert list(result["eval_result_metrics"]) == ["sae"], "what is not scored is absent"
+        assert set(result["eval_result_metrics"]["sae"]) == scored
+        assert all(set(task) == scored | {"dataset_name"} for task in result["eval_result_details"])
     names = {path.name.removesuffix("_custom_sae_eval_results.json") for path in folder.iterdir()}
-    assert names == {
-        name + end for name in trained.saved for end in ("", "_readout_0", "_readout_1")
-    }
+    assert names == set(trained.saved), "SAE-Bench's files are of whole evaluations"
+
+
+class FullReadOuts(ProbingTexts):
+    """Read-outs scored by SAE-Bench's own functions from where the generator stood when the probes
+    of their SAE on few latents began, on all k and beside its own; what they found is kept."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.expected, self.differ = {}, 0
+
+    def one_task(self, theirs, probes, task, config, sae, *rest):
+        from sae_bench.evals.sparse_probing import probe_training
+
+        asked, state = self.readouts, []
+
+        def watched(train, test, select_top_k=None, **how):
+            if select_top_k == min(self.scale.k_values):
+                state[:] = [torch.get_rng_state()]
+            return type(probes).__call__(probes, train, test, select_top_k, **how)
+
+        def whole(name, config, one, *more):
+            with mock.patch.object(probe_training, "train_probe_on_activations", watched):
+                result = theirs(name, config, one, *more)
+            after = torch.get_rng_state()
+            for swapped in asked.get(id(one), ()):
+                held = dict(self.latents)
+                means = [self._means(handles, swapped) for handles in self.handles]
+                self.latents.update(held)
+                torch.set_rng_state(state[0])
+                for k in self.scale.k_values:
+                    found = AS_IT_COMES(*means, select_top_k=k)[1]
+                    self.expected[name, id(swapped), k] = found
+            torch.set_rng_state(after)
+            return result
+
+        return super().one_task(whole, probes, task, config, sae, *rest)
+
+
+def test_a_read_out_has_the_values_of_a_full_evaluation_on_its_saes_texts(
+    evaluated, trained, tmp_path, monkeypatch
+):
+    """To the last digit; and no read-out trains a probe on all latents."""
+    monkeypatch.setenv("COSINE_SAE_CACHE", str(evaluated.cache))
+    scale = replace(trained.scale, k_values=(1, 2, 6))
+    assert scale.readout_k_values == (1, 2)
+    made, on_all, real = [], [], quick_probing.train_probe_gpu
+
+    def texts(*arguments):
+        made.append(FullReadOuts(*arguments))
+        return made[-1]
+
+    def counted(*arguments, **how):
+        on_all.append(how["dim"])
+        return real(*arguments, **how)
+
+    monkeypatch.setattr(lab.probing, "ProbingTexts", texts)
+    alone = tmp_path / "alone"
+    evaluate_probing(scale, trained.lm, {1: trained.saved}, alone)  # the model's own probes as well
+    monkeypatch.setattr(quick_probing, "train_probe_gpu", counted)
+    evaluate_probing(scale, trained.lm, {1: trained.saved}, alone)
+    without, on_all[:] = len(on_all), []
+    evaluate_probing(scale, trained.lm, {1: trained.saved}, tmp_path / "read", (0.0, 1.0))
+    assert 0 < without == len(on_all), "probes on all latents are those of the SAEs themselves"
+    texts, differ = made[-1], 0
+    assert len(texts.read) == len(scale.tasks) * len(trained.saved) * 2
+    for (task, swapped), by_k in texts.read.items():
+        assert list(by_k) == [1, 2]
+        for k, found in by_k.items():
+            assert found == texts.expected[task, swapped, k]
+            assert all(0 < accuracy <= 1 for accuracy in found.values())
+            differ += found != texts.expected[task, swapped, 6]
+    assert differ, "or every value would be the same"
 
 
 def test_no_more_latents_are_held_than_latents_held_says(evaluated, trained, tmp_path, monkeypatch):

@@ -185,8 +185,7 @@ def test_whole_evaluations_are_sae_benchs_own_to_the_last_digit(
     monkeypatch.setattr(lab.absorption, "shares_of_words", lambda *_: None)
     monkeypatch.setattr(quick_absorption, "AbsorptionOfWords", lambda: stock)
     monkeypatch.setattr(quick_probing, "train_probe_gpu", probe_training.train_probe_gpu)
-    as_it_comes = lambda theirs, *args, **how: theirs(*args, **how)  # noqa: E731
-    monkeypatch.setattr(quick_probing, "train_probe_on_activations", as_it_comes)
+    monkeypatch.setattr(quick_probing, "ProbesOnActivations", lambda theirs: theirs)
     name, folder = next(iter(trained.saved.items()))
     (found,) = scores(trained, {name: folder}, tmp_path / "theirs")
     (probing, absorption), (our_probing, our_absorption) = found, evaluated.scores[0]

@@ -45,11 +45,11 @@ def test_k_sparse_probes_are_sae_benchs_own_and_leave_the_generator_where_those_
 
     train, test = sparse_acts(121, 300, dtype), sparse_acts(80, 300, dtype)
     found = {}
-    for where in (theirs.train_probe_on_activations, quick_probing.train_probe_on_activations):
-        ours = where is not theirs.train_probe_on_activations
+    for ours in (False, True):
+        where = theirs.train_probe_on_activations
+        where = quick_probing.ProbesOnActivations(where) if ours else where
         torch.manual_seed(0)
-        given = (theirs.train_probe_on_activations,) if ours else ()
-        found[ours] = [where(*given, train, test, select_top_k=k)[1] for k in (1, 2, 20)]
+        found[ours] = [where(train, test, select_top_k=k)[1] for k in (1, 2, 20)]
         found[ours].append(torch.get_rng_state().tolist())
     assert found[True] == found[False]
     assert 0.5 < min(found[True][0].values()) < max(found[True][2].values()) < 1
@@ -71,6 +71,25 @@ def test_k_sparse_probes_are_fitted_on_sae_benchs_own_rows_in_its_order():
         torch.manual_seed(0)
         theirs.train_probe_on_activations(train, test, select_top_k=5)
         torch.manual_seed(0)
-        quick_probing.train_probe_on_activations(None, train, test, select_top_k=5)
+        quick_probing.ProbesOnActivations(None)(train, test, select_top_k=5)
     assert len(fitted) == 2 * 4
     assert fitted[:4] == fitted[4:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_latents_are_asked_on_the_texts_drawn_before_as_sae_bench_would(dtype):
+    """Its own function finds the same, if its generator stands where the first one's stood."""
+    from sae_bench.evals.sparse_probing import probe_training as theirs
+
+    train, test = sparse_acts(121, 300, dtype), sparse_acts(80, 300, dtype)
+    others = [{label: acts.flip(1).sqrt() for label, acts in of.items()} for of in (train, test)]
+    probes = quick_probing.ProbesOnActivations(None)
+    torch.manual_seed(0)
+    first = [probes(train, test, select_top_k=k)[1] for k in (1, 2, 20)]
+    state = torch.get_rng_state()
+    found = [probes.again(*others, k) for k in (2, 1)][::-1]
+    assert torch.equal(state, torch.get_rng_state()), "nothing is drawn"
+    torch.manual_seed(0)
+    expected = [theirs.train_probe_on_activations(*others, select_top_k=k)[1] for k in (1, 2)]
+    assert found == expected != first[:2]
+    assert [probes.again(train, test, k) for k in (1, 2, 20)] == first

@@ -210,5 +210,6 @@ def test_a_read_out_check_does_not_repeat_what_the_main_entry_says():
             "lm_top_1", "lm_top_2", "lm_all_channels"
         }  # fmt: skip
         assert set(found[part]) == {
-            "probing_top_1", "probing_top_2", "probing_all_latents", "probing_top_1_sd_over_tasks"
+            "probing_top_1", "probing_top_2", "probing_top_1_sd_over_tasks"
         }  # fmt: skip
+    assert "on 1, 2 latents" in found["notes"]["read_out"]
