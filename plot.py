@@ -25,8 +25,9 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from lab.comparison import mean_and_error, sd
 from lab.drawing import curves, draw, looks, rows, say, short, stack
-from lab.report import Section, comparison, definitions, titled, write
+from lab.report import Section, write
 from lab.runs import Arm, arms_of, chosen, find, found_runs, task_differences, with_readouts
+from lab.tables import comparison, definitions, titled
 
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Labels                                                                                         │

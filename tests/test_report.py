@@ -23,9 +23,9 @@ from made_up_runs import (
 from scipy.stats import spearmanr
 
 import plot
-from lab.report import comparison as tables_of
-from lab.report import rank_correlation, runs_table, task_table
 from lab.runs import arms_of, found_runs
+from lab.tables import comparison as tables_of
+from lab.tables import rank_correlation, runs_table, task_table
 
 # --------------------------------------------------------------------------------------- tables
 
