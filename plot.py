@@ -16,18 +16,41 @@ import lab  # isort: skip: before any package, it says which Python and systems 
 
 import argparse
 import math
-import re
 import sys
+from collections.abc import Iterable
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from lab.comparison import mean_and_error, sd
-from lab.drawing import curves, draw, looks, rows, say, short, stack
-from lab.report import Section, write
-from lab.runs import Arm, arms_of, chosen, find, found_runs, task_differences, with_readouts
-from lab.tables import comparison, definitions, titled
+from lab.comparison import mean_and_error
+from lab.drawing import (
+    MEASURED_NOISE,
+    curves,
+    grouped,
+    looks,
+    named_points,
+    noise_bands,
+    over_targets,
+    rows,
+    say,
+    shares,
+    stack,
+)
+from lab.frontier import measured_as, target_of
+from lab.report import Shown, sections_of, write
+from lab.runs import (
+    Arm,
+    arms_of,
+    chosen,
+    find,
+    found_runs,
+    read_optional,
+    task_differences,
+    with_readouts,
+)
+from lab.tables import definitions, titled
 
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Labels                                                                                         │
@@ -75,6 +98,9 @@ GROUPS = {
         "absorption_full_sd_over_letters": ("sd over letters", "↓", "of full absorption"),
         "absorption_full_sd_over_seeds": ("sd over seeds", "↓", "of full absorption"),
         "absorption_full_rank_correlation": ("agreement", "↑", "Spearman of two seeds' letters"),
+        "absorption_main_fires": ("main fires", "↑", "share of words whose letter's latent fires"),
+        "absorption_absorbed": ("absorbed", "↓", "share: it is silent, one latent carries it"),
+        "absorption_lost": ("lost", "↓", "share: it is silent, and no latent carries it"),
         "absorption_gap": ("gap", "↓", "of a parent's latent, known world: alone less with child"),
         "parent_fires_alone": ("fires alone", "↑", "known world: it fires, its child being off"),
         "parent_cosine": ("parent's cosine", "↑", "known world: of that latent and its feature"),
@@ -92,6 +118,10 @@ GROUPS = {
     "fidelity": {
         "fvu": ("FVU", "↓", "fraction of variance unexplained, held-out text"),
         "l0": ("L0", "", "latents firing per token; every run aims at the same"),
+        "l0_on_words": ("L0 on words", "", "the words that absorption is scored on"),
+        "fvu_on_words": ("FVU on words", "↓", "on those words"),
+        "l0_on_texts": ("L0 on texts", "", "the texts that are probed"),
+        "fvu_on_texts": ("FVU on texts", "↓", "on those texts"),
         "mcc": ("MCC", "↑", "known world: mean |cosine| of matched latents and features"),
         "f1": ("F1", "↑", "known world: of latents as detectors of their features"),
         "dead": ("dead", "↓", "share of latents that never fire on held-out text"),
@@ -105,9 +135,44 @@ def heading(metric: str) -> str:
     return titled(METRICS[metric])
 
 
+def known(arms: list[Arm], metrics: Iterable[str]) -> list[str]:
+    """Those that any run has."""
+    return [m for m in metrics if any(math.isfinite(arm.value(m)[0]) for arm in arms)]
+
+
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Figures: the name of each is its file's, the docstring its caption                             │
 # └────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+# Score -> what it is drawn and read off against, measured on what it is scored on.
+CURVES = {
+    "absorption_absorbed": ("l0", "fvu"),
+    "absorption_gap": ("l0", "fvu"),
+    "absorption_full": ("l0", "fvu"),
+    "absorption_fraction": ("l0",),
+    "fvu": ("l0",),
+    "parent_cosine": ("l0",),
+    "mcc": ("l0",),
+    "f1": ("l0",),
+    "probing_top_1": ("l0",),
+    "probing_top_1_sd_over_tasks": ("l0",),
+}
+
+
+def frontier(arms: list[Arm]):
+    """Every run over its target L0s: a line through the means, a dot a seed.  L0 and FVU are those
+    on the words or texts of the score, where they were measured."""
+    panels = [(measured_as(arms, x, y), y) for y in known(arms, CURVES) for x in CURVES[y]]
+    n_rows = math.ceil(len(panels) / 2)
+    figure, (band, _) = stack("Frontier", arms, [1.55 * n_rows])
+    for ax, panel in zip_longest(band.subplots(n_rows, 2, squeeze=False).flat, panels):
+        if panel:
+            over_targets(ax, arms, *panel)
+            ax.set(title=heading(panel[1]), xlabel=METRICS[panel[0]][0])
+        else:
+            ax.remove()
+    return figure
 
 
 def training_curves(arms: list[Arm]):
@@ -153,16 +218,15 @@ def online_absorption(arms: list[Arm]):
 
 def absorption_letters(arms: list[Arm]):
     """Full absorption by first letter, mean over seeds.  Hatched: the letter was not scored."""
+    rates = [arm.entry["per_letter"].get("absorption_full", {}) for arm in arms]
+    letters = sorted({letter for rate in rates for letter in rate})
+    if not letters:
+        return None
     figure, (band,) = stack("Absorption", arms, [0.95 + 0.17 * len(arms)], legend=False)
     left, right = band.subplots(1, 2, sharey=True, width_ratios=(2.5, 1))
     rows(right, arms, [arm.value("absorption_full") for arm in arms], "mean ↓")
     left.set_title("full absorption by letter ↓")
     left.grid(False)
-    rates = [arm.entry["per_letter"].get("absorption_full", {}) for arm in arms]
-    letters = sorted({letter for rate in rates for letter in rate})
-    if not letters:
-        say(left)
-        return figure
     table = [[mean_and_error(rate.get(letter, []))[0] for letter in letters] for rate in rates]
     left.patch.set(hatch="//////", edgecolor="0.75", lw=0)  # shows where there is no cell
     at = np.arange(len(letters)), np.arange(len(arms))
@@ -175,16 +239,32 @@ def absorption_letters(arms: list[Arm]):
     return figure
 
 
+def words(arms: list[Arm]):
+    """What became of the words that absorption is scored on: the letter's own latent fires, or is
+    silent while one other carries the letter (absorbed, ± one standard error) or none (lost)."""
+    colours = {"absorbed": "#D55E00", "lost": "#56B4E9", "main_fires": "0.87"}
+    parts = {f"absorption_{n}": (n.replace("_", " "), c) for n, c in colours.items()}
+    if not known(arms, parts):
+        return None
+    figure, (band,) = stack("Words", arms, [0.6 + 0.19 * len(arms)], legend=False)
+    shares(band.subplots(), arms, parts)
+    return figure
+
+
 def probing(arms: list[Arm]):
     """Sparse probing.  Bottom: a tick is a task; the error of the tasks' mean is over seeds; grey
     is the sd of the mean over the control's own seeds."""
     control = find(arms, CONTROL)
     others = [arm for arm in arms if control and arm is not control]
     tasks = sorted({task for arm in arms for task in arm.tasks()})
-    heights = [2.1, 0.5 + 0.42 * max(1, len(tasks)), 0.55 + 0.16 * max(2, len(others))]
+    if not tasks:
+        return None
+    heights = [2.1, 0.5 + 0.42 * len(tasks), 0.55 + 0.16 * max(2, len(others))]
     figure, (upper, middle, lower, _) = stack("Sparse probing", arms, heights)
     accuracy_by_k(upper.subplots(), arms)
-    accuracy_by_task(middle.subplots(), arms, tasks)
+    ax = middle.subplots()
+    grouped(ax, arms, tasks, lambda arm, task: mean_and_error(arm.tasks().get(task, [])))
+    ax.set_title("top-1 accuracy ↑ by task")
     ax, title = lower.subplots(), f"top-1 less {CONTROL}'s, by task and mean"
     if not others:
         say(ax, f"no differences: {'no other run' if control else CONTROL + ' is missing'}")
@@ -195,15 +275,13 @@ def probing(arms: list[Arm]):
     for y, (arm, difference) in enumerate(zip(others, found, strict=True)):
         ticks = np.mean(difference, 1) if difference else []
         ax.plot(ticks, [y] * len(ticks), "|", color=arm.look["color"], markersize=7, alpha=0.6)
-    noise = sd(control.seeds("probing_top_1"))
-    if math.isfinite(noise):
-        ax.axvspan(-noise, noise, color="0.9", lw=0, zorder=0)
+    figure.set_label(noise_bands(ax, control, "probing_top_1"))
     ax.axvline(0, color="black", lw=0.8)
     return figure
 
 
 def accuracy_by_k(ax, arms: list[Arm]) -> None:
-    asked = [k for k in KS if any(math.isfinite(a.value(f"probing_top_{k}")[0]) for a in arms)]
+    asked = [k for k in KS if known(arms, [f"probing_top_{k}"])]
     channels = [arms[0].value(f"lm_top_{k}")[0] for k in asked]
     ax.plot(asked, channels, color="0.75", lw=3, zorder=1, label="the model's own channels")
     for arm in arms:
@@ -216,40 +294,18 @@ def accuracy_by_k(ax, arms: list[Arm]) -> None:
     ax.legend(loc="lower right")
 
 
-def accuracy_by_task(ax, arms: list[Arm], tasks: list[str]) -> None:
-    for i, arm in enumerate(arms):
-        offset = 0.76 * ((i + 0.5) / len(arms) - 0.5)
-        for y, task in enumerate(tasks):
-            mean, error = mean_and_error(arm.tasks().get(task, []))
-            ax.errorbar(mean, y + offset, xerr=error, **arm.look | {"markersize": 3.5})
-    ax.set_yticks(range(len(tasks)), [short(task.rsplit("/", 1)[-1], 18) for task in tasks])
-    ax.set_yticks(np.arange(1, len(tasks)) - 0.5, minor=True)
-    ax.grid(False, axis="y", which="major")
-    ax.grid(True, axis="y", which="minor", color="0.8")
-    ax.tick_params(axis="y", which="both", length=0)
-    ax.set(title="top-1 accuracy ↑ by task", ylim=(len(tasks) - 0.5, -0.5))
-
-
 def tradeoff(arms: list[Arm]):
     """A run that absorbs less because it reconstructs worse lies further to the right."""
-    metrics = ("absorption_full", "absorption_fraction", "probing_top_1")
+    if target_of(arms[0]):
+        return None  # one point of each line of `frontier`
+    asked = ("absorption_gap", "absorption_full", "absorption_fraction", "probing_top_1")
+    metrics = known(arms, asked) or asked[1:]
     heights = [0.5 + 0.15 * max(8, len(arms))] * len(metrics)
     figure, bands = stack("Trade-off", arms, heights, legend=False)
     for band, metric in zip(bands, metrics, strict=True):
         ax = band.subplots()
-        points = [(*arm.value(metric), *arm.value("fvu"), arm) for arm in arms]
-        points = [p for p in points if math.isfinite(p[0]) and math.isfinite(p[2])]
-        # Names stand in the margin in the order of their points, each tied to its own: no overlap.
-        for i, (y, dy, x, dx, arm) in enumerate(sorted(points, key=lambda p: p[0])):
-            ax.errorbar(x, y, xerr=dx, yerr=dy, **arm.look)
-            place = {"xytext": (1.04, (i + 0.5) / len(points)), "textcoords": "axes fraction"}
-            tie = {"arrowstyle": "-", "lw": 0.5, "color": arm.look["color"]}
-            tie |= {"relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 3}
-            ax.annotate(short(arm.label), (x, y), **place, va="center", arrowprops=tie)
-        if not points:
-            say(ax)
+        named_points(ax, arms, "fvu", metric)
         ax.set(title=heading(metric), xlabel=heading("fvu"))
-        ax.xaxis.set_major_locator(MaxNLocator(4))
     return figure
 
 
@@ -264,7 +320,7 @@ def readout(arms: list[Arm]):
     return figure
 
 
-FIGURES = (training_curves, schedules, online_absorption, absorption_letters)
+FIGURES = (training_curves, schedules, online_absorption, absorption_letters, words)
 FIGURES += (probing, tradeoff, readout)
 
 
@@ -274,9 +330,13 @@ FIGURES += (probing, tradeoff, readout)
 
 
 def load(folder: Path) -> dict[str, list[Arm]]:
-    """The runs of each "<scale> layer <L>"; those with a training log come first."""
+    """The runs of each "<scale> layer <L>" and target; those with a training log come first."""
     runs = chosen(found_runs(folder), labels)
-    return arms_of(folder, runs, labels, looks([*labels, *runs], CONTROL))
+    groups = arms_of(folder, runs, labels, looks([*labels, *runs], CONTROL))
+    noise = read_optional(folder / MEASURED_NOISE, {})  # of the scores themselves, where known
+    for arm in (arm for arms in groups.values() for arm in arms):
+        arm.entry[MEASURED_NOISE] = noise
+    return groups
 
 
 def compare(folder: Path) -> None:
@@ -284,14 +344,8 @@ def compare(folder: Path) -> None:
     if not groups:
         first = "run `python experiment.py --out_dir=run_1` first"
         sys.exit(f"error: no finished run found in {folder.resolve()}: {first}")
-    drawable = [key for key, arms in groups.items() if any(arm.records for arm in arms)]
-    baseline_key = next((key for key, arms in groups.items() if find(arms, BASELINE)), None)
-    sections = []
-    for key, arms in groups.items():
-        suffix = "_" + re.sub(r"[^\w.-]+", "_", key) if len(drawable) > 1 else ""
-        figures = draw(FIGURES, arms, suffix) if key in drawable else []
-        tables = comparison(arms, GROUPS, CONTROL, BASELINE, baseline_key)
-        sections.append(Section(key, arms, figures, tables))
+    shown = Shown((frontier,), FIGURES, GROUPS, tuple(CURVES), CONTROL, BASELINE)
+    sections = sections_of(groups, shown)
     print(write(folder, sections, definitions(GROUPS)))
     n = sum(len(section.figures) for section in sections)
     print(f"wrote {n} figures (PNG and SVG), summary.md and report.html in {folder.resolve()}")

@@ -6,7 +6,7 @@ run has one look in all of them.
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import matplotlib
@@ -18,7 +18,9 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
-from lab.runs import Arm, Value
+from lab.comparison import sd
+from lab.frontier import EVERY_L0, by_run, of_seeds
+from lab.runs import AT_L0, Arm, Value
 
 # Okabe and Ito's colours, and four more that colour-blind readers can tell from them.
 COLOURS = ("#999999", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -26,6 +28,7 @@ COLOURS += ("#882255", "#A79A00", "#332288", "#44AA99")
 MARKERS = ("h", "o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 DASHES = ("-", "-", "-", "--", "-.", "--", "-.", "-", ":", "--", "-")
 
+MEASURED_NOISE = "measure_noise.json"  # beside the runs: what scoring one SAE again and again gives
 WIDTH = 4.2  # inches: half a page, so that 8 points here are 8 points in print
 plt.rcParams |= {
     "font.size": 8,
@@ -64,12 +67,15 @@ def short(text: str, width: int = 26) -> str:
 
 def stack(title: str, arms: list[Arm], heights: list[float], legend: bool = True):
     """A figure of bands of these heights in inches, one under the other, and the legend below."""
-    heights = [*heights, *([0.1 + 0.155 * math.ceil(len(arms) / 2)] if legend else [])]
+    keys, runs = {arm.key for arm in arms}, by_run(arms)
+    heights = [*heights, *([0.1 + 0.155 * math.ceil(len(runs) / 2)] if legend else [])]
     figure = plt.figure(figsize=(WIDTH, sum(heights) + 0.35), layout="constrained")
-    figure.suptitle(f"{title}: {short(arms[0].key)}")
+    key = arms[0].key if len(keys) == 1 else arms[0].key.partition(AT_L0)[0] + EVERY_L0
+    figure.suptitle(f"{title}: {short(key, 34)}")
     bands = np.atleast_1d(figure.subfigures(len(heights), 1, height_ratios=heights))
     if legend:
-        handles = [Line2D([], [], label=short(arm.label), **arm.look) for arm in arms]
+        named = [next(iter(run.values())) for run in runs.values()]
+        handles = [Line2D([], [], label=short(arm.label), **arm.look) for arm in named]
         bands[-1].legend(handles=handles, loc="center", ncols=2, labelspacing=0.25)
     return figure, bands
 
@@ -92,13 +98,18 @@ def curves(ax, arms: list[Arm], name: str, title: str, log: bool = False, **styl
     if not ax.lines:
         say(ax)
     elif log:
-        ax.set_yscale("log")
-        low, high = ax.get_ylim()
-        wide = high > 10 * low
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(5))
-        ax.yaxis.set_major_formatter(ScalarFormatter())
-        ax.yaxis.set_minor_locator(NullLocator())
+        logarithmic(ax, "y")
     ax.set(title=title, xlabel="training step")
+
+
+def logarithmic(ax, side: str, wide: float = 10) -> None:
+    """With plain numbers: a few to each power of ten from a range of `wide` on, else round ones."""
+    ax.set(**{f"{side}scale": "log"})
+    (low, high), axis = getattr(ax, f"get_{side}lim")(), getattr(ax, f"{side}axis")
+    subs = (1, 2, 5) if high > 10 * low else (1, 2, 3, 5, 7)
+    axis.set_major_locator(LogLocator(subs=subs) if high > wide * low else MaxNLocator(5))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def rows(ax, arms: list[Arm], values: list[Value], title: str, ticks: int = 2) -> None:
@@ -110,6 +121,99 @@ def rows(ax, arms: list[Arm], values: list[Value], title: str, ticks: int = 2) -
     ax.xaxis.set_major_locator(MaxNLocator(ticks))
     if not np.isfinite([mean for mean, _ in values]).any():
         say(ax, "no value")
+
+
+def over_targets(ax, arms: list[Arm], x: str, y: str) -> None:
+    """A line per run from target to target through the means, and a small dot per seed; L0 and FVU
+    on log axes, over which lines are read off."""
+    for run in by_run(arms).values():
+        at = list(run.values())
+        means = [[arm.value(name)[0] for arm in at] for name in (x, y)]
+        ax.plot(*means, **at[0].look | {"markersize": 3.5})
+        for xs, ys in ([of_seeds(arm, name) for name in (x, y)] for arm in at):
+            n = min(len(xs), len(ys))
+            dot = {"color": at[0].look["color"], "markersize": 1.5, "rasterized": True}
+            ax.plot(xs[:n], ys[:n], "o", markeredgewidth=0, alpha=0.5, zorder=1, **dot)
+    logarithmic(ax, "x", wide=4)
+    if y.startswith("fvu"):
+        logarithmic(ax, "y", wide=4)
+
+
+def shares(ax, arms: list[Arm], parts: dict[str, tuple[str, str]]) -> None:
+    """A bar per run of parts that add to 1 ({metric: (title, colour)}), with the error of the
+    first; a part's number stands in it where there is room."""
+    ends = np.zeros(len(arms))
+    for i, (metric, (title, colour)) in enumerate(parts.items()):
+        values = [arm.value(metric) for arm in arms]
+        widths, errors = np.array(values).T
+        ax.barh(range(len(arms)), widths, 0.74, ends, color=colour, label=title)
+        for y, width in enumerate(widths):
+            if width > 0.08:
+                at, side = (ends[y] + width - 0.01, "right") if i else (0.01, "left")
+                look = {"fontsize": 7, "color": "black" if i else "white"}
+                number = f"{width:.3f}".removeprefix("0")
+                ax.text(at, y, number, ha=side, va="center_baseline", **look)
+        if not i:
+            bar = {"fmt": "none", "ecolor": "black", "elinewidth": 0.7, "capsize": 2.2}
+            ax.errorbar(widths, range(len(arms)), xerr=errors, **bar)
+        ends = ends + widths
+    for y in np.flatnonzero(~np.isfinite(ends)):
+        ax.text(0.5, y, "no value", ha="center", va="center", color="0.4")
+    ax.set_yticks(range(len(arms)), [short(arm.label) for arm in arms])
+    ax.set(xlim=(0, 1), ylim=(len(arms) - 0.5, -0.5))
+    ax.grid(False, axis="y")
+    ax.tick_params(axis="y", length=0)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(parts))
+
+
+def grouped(ax, arms: list[Arm], names: list[str], value: Callable[[Arm, str], Value]) -> None:
+    """A group of rows for each of `names`, from the top: in it a row per run, mean ± error."""
+    for i, arm in enumerate(arms):
+        offset = 0.76 * ((i + 0.5) / len(arms) - 0.5)
+        for y, name in enumerate(names):
+            mean, error = value(arm, name)
+            ax.errorbar(mean, y + offset, xerr=error, **arm.look | {"markersize": 3.5})
+    ax.set_yticks(range(len(names)), [short(name.rsplit("/", 1)[-1], 18) for name in names])
+    ax.set_yticks(np.arange(1, len(names)) - 0.5, minor=True)
+    ax.grid(False, axis="y", which="major")
+    ax.grid(True, axis="y", which="minor", color="0.8")
+    ax.tick_params(axis="y", which="both", length=0)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+
+
+def named_points(ax, arms: list[Arm], x: str, y: str) -> None:
+    """A point per run.  Names stand in the margin in the order of their points, each tied to its
+    own: no overlap."""
+    points = [(*arm.value(y), *arm.value(x), arm) for arm in arms]
+    points = [p for p in points if math.isfinite(p[0]) and math.isfinite(p[2])]
+    for i, (up, d_up, along, d_along, arm) in enumerate(sorted(points, key=lambda p: p[0])):
+        ax.errorbar(along, up, xerr=d_along, yerr=d_up, **arm.look)
+        place = {"xytext": (1.04, (i + 0.5) / len(points)), "textcoords": "axes fraction"}
+        tie = {"arrowstyle": "-", "lw": 0.5, "color": arm.look["color"]}
+        tie |= {"relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 3}
+        ax.annotate(short(arm.label), (along, up), **place, va="center", arrowprops=tie)
+    if not points:
+        say(ax)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+
+
+def noise_bands(ax, control: Arm, metric: str) -> str:
+    """Behind differences to the control: grey, the sd over its own seeds; hatched, how far the mean
+    of as many SAEs strays because the score itself is noisy, where that was measured.  Returns what
+    a caption must say of the latter."""
+    noise, n = sd(control.seeds(metric)), len(control.seeds(metric))
+    if math.isfinite(noise):
+        ax.axvspan(-noise, noise, color="0.9", lw=0, zorder=0)
+    try:
+        half = 1.96 * float(control.entry[MEASURED_NOISE][metric]["sd_of_mean_over_tasks"])
+    except (LookupError, TypeError, ValueError):
+        return ""
+    if not (n and math.isfinite(half)):
+        return ""
+    half /= math.sqrt(n)
+    band = ax.axvspan(-half, half, fc="none", ec="0.7", hatch="////", lw=0, zorder=0.5)
+    band.set_hatch_linewidth(0.4)
+    return f"Hatched: ± {half:.2g}, 1.96 standard errors of the score itself ({MEASURED_NOISE})."
 
 
 class Figure(NamedTuple):
@@ -128,8 +232,9 @@ def lay_out(figure) -> None:
         ax.set_position(np.round(ax.get_position().bounds, 5))
 
 
-def draw(functions: tuple[Callable, ...], arms: list[Arm], suffix: str) -> list[Figure]:
-    """The figures of one scale and layer, as PNG and SVG."""
+def draw(functions: Iterable[Callable], arms: list[Arm], suffix: str, note="") -> list[Figure]:
+    """The figures of one scale and layer, as PNG and SVG.  A caption is the docstring, what the
+    figure itself is labelled with, and `note`."""
     drawn = []
     for function in functions:
         if figure := function(arms):
@@ -140,5 +245,6 @@ def draw(functions: tuple[Callable, ...], arms: list[Arm], suffix: str) -> list[
                 figure.savefig(buffer, format=kind, dpi=220, metadata=metadata)
                 images[kind] = buffer.getvalue()
             plt.close(figure)
-            drawn.append(Figure(function.__name__ + suffix, function.__doc__ or "", images))
+            caption = "  ".join(filter(None, (function.__doc__, figure.get_label(), note)))
+            drawn.append(Figure(function.__name__ + suffix, caption, images))
     return drawn

@@ -7,12 +7,15 @@ is replaced as a whole.
 import base64
 import html
 import json
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lab.drawing import Figure
-from lab.runs import Arm
-from lab.tables import Grey, Table
+from lab.drawing import Figure, draw
+from lab.frontier import at_middle, by_layer
+from lab.runs import Arm, find
+from lab.tables import Grey, Metrics, Table, comparison, endpoint_table, level_tables, results
 
 TITLE = "Comparison of runs"
 LEGEND = (
@@ -35,12 +38,50 @@ pre { overflow-x: auto; background: #f6f6f6; padding: 1rem }
 
 
 class Section(NamedTuple):
-    """One scale and layer."""
+    """One scale and layer, or one target of it."""
 
     key: str
-    arms: list[Arm]
     figures: list[Figure]
     tables: list[Table]
+    decided: Sequence[Table] = ()  # what stands before all sections
+    arms: Sequence[Arm] = ()  # whose configurations it shows
+
+
+class Shown(NamedTuple):
+    """What there is to show of each scale and layer."""
+
+    over_targets: tuple[Callable, ...]  # figures of all targets, where there are several
+    at_a_target: tuple[Callable, ...]  # figures of one
+    groups: dict[str, Metrics]
+    curves: tuple[str, ...]  # metrics that are read off at equal L0 and FVU
+    control: str
+    baseline: str
+
+
+def sections_of(groups: dict[str, list[Arm]], shown: Shown) -> list[Section]:
+    """Of the arms of each entry.  Where a layer has several targets: its curves, then its middle
+    target in full, then what came out of the others; ten figures for each would hide them all."""
+    layers, sections = by_layer(groups), []
+    drawable = [key for key, arms in layers.items() if any(arm.records for arm in arms)]
+    baseline_key = next((key for key, arms in groups.items() if find(arms, shown.baseline)), None)
+    metrics = {name: about for group in shown.groups.values() for name, about in group.items()}
+    names = shown.control, shown.baseline
+    for layer, arms in layers.items():
+        suffix = "_" + re.sub(r"[^\w.-]+", "_", layer) if len(drawable) > 1 else ""
+        decided, note = endpoint_table(layer, arms, metrics, *names), ""
+        middle = at_middle(arms, shown.control)
+        entries = {arm.key: groups[arm.key] for arm in arms}
+        if len(entries) > 1:
+            figures = draw(shown.over_targets, arms, suffix) if layer in drawable else []
+            tables = level_tables(arms, metrics, shown.curves, *names)
+            sections.append(Section(layer, figures, tables, decided))
+            decided, note = [], f"At the middle one of {len(entries)} target L0s."
+        figures = draw(shown.at_a_target, middle, suffix, note) if layer in drawable else []
+        tables = comparison(middle, shown.groups, *names, baseline_key)
+        sections.append(Section(middle[0].key, figures, tables, decided, middle))
+        del entries[middle[0].key]
+        sections += [Section(key, [], results(of, shown.groups)) for key, of in entries.items()]
+    return sections
 
 
 def as_markdown(table: Table) -> str:
@@ -87,7 +128,8 @@ def configuration_html(arm: Arm) -> str:
 
 def page(sections: list[Section], definitions: Table) -> str:
     body = tag("h1", TITLE) + tag("p", LEGEND)
-    for key, arms, figures, tables in sections:
+    body += "".join(as_html(table) for section in sections for table in section.decided)
+    for key, figures, tables, _, arms in sections:
         body += tag("h2", html.escape(key))
         body += tag("div", "".join(map(figure_html, figures)), ' class="figures"')
         body += "".join([*map(as_html, tables), *map(configuration_html, arms)])
@@ -99,7 +141,8 @@ def page(sections: list[Section], definitions: Table) -> str:
 
 def summary(sections: list[Section], definitions: Table) -> str:
     parts = [f"# {TITLE}", LEGEND]
-    for key, *_, tables in sections:
+    parts += [as_markdown(table) for section in sections for table in section.decided]
+    for key, _, tables, *_ in sections:
         parts += [f"## {key}", *map(as_markdown, tables)]
     return "\n\n".join([*parts, as_markdown(definitions)]) + "\n"
 

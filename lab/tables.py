@@ -5,23 +5,55 @@ runs which are not comparable are called so.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from lab.comparison import Difference, Value, mean_and_error, sd, within_noise
+from lab.frontier import (
+    ByTarget,
+    Comparison,
+    at_level,
+    at_middle,
+    by_run,
+    endpoints,
+    levels,
+    measured_as,
+    n_targets,
+    several,
+)
 from lab.runs import MADE_WITH, Arm, find, paired, task_differences, with_readouts
 
 Metrics = dict[str, tuple[str, str, str]]  # name -> title, arrow, definition
 Row = tuple[str, Callable[[str], str]]  # its name, and what gives the cell of a metric
 MISSING = "–"
 PAIRED = (
-    "Paired: seed s has the same start and the same batches in every run.  Mean over the n seeds "
-    "that both have, its 95% BCa bootstrap interval (from six seeds on; ± is the standard error) "
-    "and the two-sided p of an exact sign flip test.  Grey, or in brackets: less than the sd over "
-    "{}'s own seeds."
+    "Descriptive.  Paired: seed s has the same start and the same batches in every run.  Mean over "
+    "the n seeds that both have, its 95% BCa bootstrap interval (from six seeds on; ± is the "
+    "standard error) and the two-sided p of an exact sign flip test.  Grey, or in brackets: less "
+    "than the sd over {}'s own seeds."
+)
+DECLARED = (
+    "What was declared to decide: a run less {control}, paired by seed, with the 95% BCa bootstrap "
+    "interval of the mean (from six seeds on; ± is the standard error), the two-sided p of an "
+    "exact sign flip test and the number of seeds.  Holm p: that p among the {n} questions asked "
+    "of a run (not among runs); one that is missing counts as 1.  {how}  Grey, or in brackets: "
+    "less than the sd over {control}'s own seeds.  Everything else on this page is descriptive."
+)
+EQUAL_FIDELITY = (
+    "Absorption: at equal L0 and at equal FVU, and the larger p of the two counts, or 1 where they "
+    "differ in sign.  Probing: at equal L0."
+)
+SAME_TARGET = "There is one target: runs are compared at the target, not at equal fidelity."
+READ_OFF = (
+    "Descriptive; a run less {0} as above, where both have the same L0 or the same FVU.  Curves "
+    "are straight from target to target over the log of either, and of the targets and seeds that "
+    "both have; a dash is where the curve of a seed does not reach.  The places follow from {0}'s "
+    "L0 and FVU alone.  Middle: its mean at its middle target (of an even number, the geometric "
+    "mean of the middle two).  A quarter, three quarters: of the way, on a log scale, through what "
+    "all its seeds reach."
 )
 
 
@@ -35,12 +67,12 @@ class Table(NamedTuple):
     lines: list[list[str]]  # the first is the head; none at all: only the note
 
 
-def shown(value: Value, sign: str = "") -> str:
-    """Four decimals, or one from 10 upwards; a dash for what is missing."""
+def shown(value: Value, sign: str = "", least: int = 4) -> str:
+    """Four decimals (or `least`), one from 10 upwards; a dash for what is missing."""
     mean, error = value
     if not math.isfinite(mean):
         return MISSING
-    digits = 4 if abs(mean) < 10 else 1
+    digits = least if abs(mean) < 10 else 1
     return f"{mean:{sign}.{digits}f}" + (f" ± {error:.{digits}f}" if math.isfinite(error) else "")
 
 
@@ -48,18 +80,28 @@ def cells(value: Callable[[str], Value], sign: str = "") -> Callable[[str], str]
     return lambda metric: shown(value(metric), sign)
 
 
-def difference(arm: Arm, control: Arm, metric: str) -> str:
-    """`arm` less `control`: with interval (or error), p and n; grey within the control's noise."""
-    found = paired(arm, control, metric)
-    if not isinstance(found, Difference):  # of what compares seeds with each other
-        return shown(found, "+")
-    text = shown((found.mean, found.error), "+")
+def difference(found: Difference, in_noise: bool) -> str:
+    """With interval (or error), p and n; grey within the control's noise.  Of a small difference
+    more decimals, up to six, so that two of the error's digits are seen."""
+    digits = 4
+    if 1e-7 < found.error < 1e-3:
+        digits = min(6, 1 - math.floor(math.log10(found.error)))
+    text = shown((found.mean, found.error), "+", digits)
     if math.isfinite(found.low):
-        mean, low, high = (shown((x, math.nan), "+") for x in (found.mean, found.low, found.high))
+        parts = found.mean, found.low, found.high
+        mean, low, high = (shown((x, math.nan), "+", digits) for x in parts)
         text = f"{mean} [{low}, {high}]"
     if text != MISSING:
         text += f", p {found.p:.2g}, n {found.n}".replace("nan", MISSING)
-    return Grey(text) if within_noise(found.mean, control.seeds(metric)) else text
+    return Grey(text) if in_noise else text
+
+
+def less_control(arm: Arm, control: Arm, metric: str) -> str:
+    """`arm` less `control`, at the same target."""
+    found = paired(arm, control, metric)
+    if not isinstance(found, Difference):  # of what compares seeds with each other
+        return shown(found, "+")
+    return difference(found, within_noise(found.mean, control.seeds(metric)))
 
 
 def titled(about: tuple[str, str, str]) -> str:
@@ -167,6 +209,20 @@ def online_table(arms: list[Arm]) -> Table:
     return Table("Does online absorption foretell SAE-Bench's?", note, lines)
 
 
+def results(arms: list[Arm], groups: dict[str, Metrics]) -> list[Table]:
+    """What came out of one scale, layer and target, compared with nothing."""
+
+    def channels(metric: str) -> Value:
+        name = metric.replace("probing_", "lm_").replace("latents", "channels")
+        return arms[0].value(name)[0], math.nan  # the same for every seed
+
+    values, tables = [(arm.row, cells(arm.value)) for arm in arms], []
+    for group, metrics in groups.items():
+        beside = [("model's channels", cells(channels))] if group == "probing" else []
+        tables += metric_tables("Results", "", [*values, *beside], {group: metrics})
+    return tables
+
+
 def comparison(
     arms: list[Arm],
     groups: dict[str, Metrics],
@@ -174,33 +230,22 @@ def comparison(
     baseline_name: str,
     baseline_key: str | None,  # the scale and layer that the baseline is of
 ) -> list[Table]:
-    """All tables of one scale and layer."""
+    """All tables of one scale, layer and target."""
     control, baseline = find(arms, control_name), find(arms, baseline_name)
-    probing = {name: metrics for name, metrics in groups.items() if name == "probing"}
-    the_rest = {name: metrics for name, metrics in groups.items() if name != "probing"}
     trained = [arm for arm in arms if arm is not baseline]
     others = [arm for arm in trained if arm is not control]
-
-    def channels(metric: str) -> Value:
-        name = metric.replace("probing_", "lm_").replace("latents", "channels")
-        return arms[0].value(name)[0], math.nan  # the same for every seed
 
     def less_baseline(arm: Arm, metric: str) -> Value:
         mean, error = arm.value(metric)
         return mean - baseline.value(metric)[0], error
 
-    values = [(arm.row, cells(arm.value)) for arm in arms]
-    tables = [runs_table(arms)]
-    tables += metric_tables("Results", "", values, the_rest)
-    tables += metric_tables(
-        "Results", "", [*values, ("model's channels", cells(channels))], probing
-    )
+    tables = [runs_table(arms), *results(arms, groups)]
     if not trained:
         return tables
     title = f"Differences to {control_name}"
     if control and others:
         note = PAIRED.format(control_name)
-        pairs = [(arm.row, partial(difference, arm, control)) for arm in others]
+        pairs = [(arm.row, partial(less_control, arm, control)) for arm in others]
         tables += metric_tables(title, note, pairs, groups)
         tables.append(task_table(others, control))
     elif others:
@@ -218,8 +263,78 @@ def comparison(
             "The same SAEs, probed with another alpha than they were trained to, on few latents "
             "alone: what has a dash was not asked."
         )
-        tables += metric_tables("Read-out check", note, swapped, probing)
+        tables += metric_tables("Read-out check", note, swapped, {"probing": groups["probing"]})
     return [*tables, online_table(trained)]
+
+
+def endpoint_table(
+    layer: str, arms: list[Arm], metrics: Metrics, control_name: str, baseline_name: str
+) -> list[Table]:
+    """What was declared to decide, of every run against the control; none without a control."""
+    runs = by_run(arms)
+    control = runs.get(control_name)
+    others = [run for name, run in runs.items() if name not in (control_name, baseline_name)]
+    if not control or not others:
+        return []
+    found = [endpoints(run, control) for run in others]
+    head, lines = [""], []
+    for question, endpoint in found[0].items():
+        title = f"{question}: {titled(metrics[endpoint.metric])}"
+        places = [where(reading, control, metrics) for reading in endpoint.readings]
+        head += [*(f"{title}, {place}" for place in places), f"Holm p, {question}"]
+    for run, by_question in zip(others, found, strict=True):
+        line = [next(iter(run.values())).row]
+        for endpoint in by_question.values():
+            line += [difference(reading.found, reading.in_noise) for reading in endpoint.readings]
+            line.append(MISSING if math.isnan(endpoint.p) else f"{endpoint.holm:.2g}")
+        lines.append(line)
+    how = EQUAL_FIDELITY if several(control) else SAME_TARGET
+    note = DECLARED.format(control=control_name, n=len(found[0]), how=how)
+    note += "".join(f"  {sentence}" for sentence in not_comparable(at_middle(arms, control_name)))
+    return [Table(f"Primary endpoints: {layer}", note, [head, *lines])]
+
+
+def where(reading: Comparison, control: ByTarget, metrics: Metrics) -> str:
+    """What the two runs have in common there."""
+    if reading.x:
+        return f"at {metrics[reading.x][0]} {shown((reading.level, math.nan))}"
+    return "mean over targets" if several(control) else "at the target"
+
+
+def level_tables(
+    arms: list[Arm], metrics: Metrics, names: Sequence[str], control_name: str, baseline_name: str
+) -> list[Table]:
+    """Every run against the control at equal L0 and at equal FVU, a table for each of `names`."""
+    runs, title = by_run(arms), f"Read off against {control_name}"
+    control = runs.get(control_name)
+    others = {n: run for n, run in runs.items() if n not in (control_name, baseline_name)}
+    if not control or not others:
+        missing = "there is no other run" if control else f"{control_name} is missing"
+        return [Table(title, f"None: {missing}.", [])]
+    tables = [Table(title, READ_OFF.format(control_name), [])]
+    for metric in names:
+        if not any(np.isfinite(arm.seeds(metric)).any() for arm in arms):
+            continue
+        xs = [measured_as([*control.values()], quantity, metric) for quantity in ("l0", "fvu")]
+        places = [
+            (x, level, f"{metrics[x][0]} {shown((level, math.nan))} ({name})")
+            for x in xs
+            if x != metric
+            for name, level in levels(control, x).items()
+        ]
+        lines = [["", *(text for *_, text in places)]]
+        own = [at_level(control, control, x, metric, level).control for x, level, _ in places]
+        lines.append([f"{control_name}'s own", *(shown(mean_and_error(seeds)) for seeds in own)])
+        notes = []
+        for name, run in others.items():
+            found = [at_level(run, control, x, metric, level) for x, level, _ in places]
+            cells = [difference(reading.found, reading.in_noise) for reading in found]
+            lines.append([next(iter(run.values())).row, *cells])
+            least = min(n_targets(run, control, x, metric) for x, *_ in places)
+            if least < len(control):
+                notes.append(f"{name}: over {least} of {len(control)} targets.")
+        tables.append(Table(f"{titled(metrics[metric])}, read off", "  ".join(notes), lines))
+    return tables
 
 
 def definitions(groups: dict[str, Metrics]) -> Table:

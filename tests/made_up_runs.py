@@ -77,6 +77,94 @@ def read_out_entry(level: float = 0.0, seeds: int = 3, ks: tuple[int, ...] = (1,
     return {part: whole[part] for part in parts}
 
 
+# Of a made-up study: how an arm's absorbed share, FVU and L0 on words compare with the control's.
+EFFECTS = {
+    "run_1": (0.97, 1.02, 1.0),
+    "run_2": (1.05, 1.05, 1.02),
+    "run_3": (0.9, 1.08, 1.0),
+    "run_4": (1.0, 1.04, 0.98),
+    "run_5": (1.1, 1.03, 1.0),
+    "run_6": (0.85, 1.04, 1.05),
+    "run_7": (1.0, 1.0, 1.0),
+    "run_8": (0.7, 1.25, 0.9),
+    "run_9": (1.02, 1.02, 1.0),
+    "run_10": (0.6, 1.55, 1.1),
+}
+
+
+def target_entry(name: str, target: float, seeds: int = 10, tasks: int = 7) -> dict:
+    """What a run of a study writes at a target L0: scores fall with L0, and seeds agree on what is
+    theirs.  No two values are alike."""
+    absorbs, worse, dense = EFFECTS[name]
+    shared = np.random.default_rng(7).normal(size=(12, seeds))  # by seed, the same in every run
+    own = np.random.default_rng([int(name[4:]), int(10 * target)]).normal(size=(12, seeds))
+    z = iter(0.8 * shared + 0.6 * own)
+    l0 = target * (1 + 0.01 * next(z))
+    on_words, on_texts = 2.5 * dense * l0 * (1 + 0.02 * next(z)), 1.3 * l0 * (1 + 0.01 * next(z))
+    fvu = 0.25 * worse * (36 / l0) ** 0.4 * (1 + 0.01 * next(z))
+    absorbed = 0.16 * absorbs * (94 / on_words) ** 0.7 + 0.008 * next(z)
+    lost = 0.1 * worse * (94 / on_words) ** 0.4 + 0.006 * next(z)
+    level = 0.62 + 0.03 * np.log2(target) / np.log2(36) + 0.02 * (worse - 1)
+    by_task = level + np.linspace(-0.15, 0.2, tasks)[:, None] * (1 + 0.1 * next(z))
+    by_task = by_task + 0.01 * own[-1] * np.linspace(-1, 1, tasks)[:, None]
+    found = usual_entry(seeds=seeds)
+    values = found["final_info_dict"] | {
+        "l0": l0,
+        "fvu": fvu,
+        "l0_on_words": on_words,
+        "fvu_on_words": 1.7 * fvu,
+        "l0_on_texts": on_texts,
+        "fvu_on_texts": 1.2 * fvu,
+        "absorption_absorbed": absorbed,
+        "absorption_lost": lost,
+        "absorption_main_fires": 1 - absorbed - lost,
+        "absorption_full": 2.6 * absorbed + 0.02 * next(z),
+        "absorption_fraction": 0.3 + 2.6 * absorbed + 0.01 * next(z),
+        "mse_roughness": 0.02 * (1 + 0.1 * (worse - 1)) + 0.0004 * next(z),
+        "probing_top_1": by_task.mean(0),
+        "probing_top_1_sd_over_tasks": by_task.std(0, ddof=1),
+        "l0_target": [target] * seeds,
+    }
+    per_task = {f"task_{i}": list(scores) for i, scores in enumerate(by_task)}
+    return found | entry(**values) | {"per_task": {"probing_top_1": per_task}}
+
+
+def world_entry(name: str, target: float, seeds: int = 10) -> dict:
+    """The same in a world with known features of which 8.5 are on."""
+    absorbs, worse, _ = EFFECTS[name]
+    shared = np.random.default_rng(8).normal(size=(8, seeds))
+    own = np.random.default_rng([int(name[4:]), int(10 * target)]).normal(size=(8, seeds))
+    z = iter(0.8 * shared + 0.6 * own)
+    l0, low = target * (1 + 0.005 * next(z)), 1 / (1 + (target / 8) ** 6)
+    return entry(
+        l0=l0,
+        fvu=worse * (0.01 + 0.6 * low) * (1 + 0.05 * next(z)),
+        absorption_gap=absorbs * (0.1 + 0.45 * np.exp(-((target - 7.2) ** 2) / 4)) + 0.02 * next(z),
+        parent_fires_alone=0.97 - 0.5 * low + 0.01 * next(z),
+        parent_cosine=0.985 - 0.15 * low**2 + 0.003 * next(z),
+        mcc=0.97 - 0.2 * low + 0.005 * next(z),
+        f1=0.9 - 0.3 * low + 0.01 * next(z),
+        mse_roughness=0.02 * (1 + 0.1 * (worse - 1)) + 0.0004 * next(z),
+        dead=[0.0] * seeds,
+        l0_target=[target] * seeds,
+    )
+
+
+def write_study(
+    folder: Path, names, targets, seeds: int = 10, layers=(8,), make=target_entry, steps: int = 40
+) -> None:
+    """Runs at several targets, each with its log."""
+    scale = "laptop" if make is target_entry else "synthetic"
+    for name in names:
+        info = {
+            f"{scale} layer {layer}, L0 {target:g}": make(name, target, seeds)
+            for layer in layers
+            for target in targets
+        }
+        log = [r for layer in layers for r in records(layer, steps, seeds * len(targets))]
+        write_run(folder, name, info, log, n_seeds=seeds, target_l0s=list(targets))
+
+
 def records(layer: int, steps: int = 40, seeds: int = 3) -> list[dict]:
     def line(step: int) -> dict:
         measured = step % 10 == 0

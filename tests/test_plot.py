@@ -23,6 +23,7 @@ from made_up_runs import (
 
 import experiment
 import plot
+from lab import drawing
 from lab.runs import find
 
 FIGURES = (
@@ -77,7 +78,7 @@ def test_a_figure_without_a_docstring_has_no_caption(alone):
     def mine(arms):
         return plot.probing(arms)
 
-    (figure,) = plot.draw((mine,), plot.load(alone)[LAPTOP], "")
+    (figure,) = drawing.draw((mine,), plot.load(alone)[LAPTOP], "")
     assert (figure.name, figure.caption) == ("mine", "")
 
 
@@ -212,6 +213,7 @@ def test_neither_torch_nor_the_network_is_needed_nor_the_experiment():
         ("plot", foreign),
         ("lab.report", [*foreign, "plot"]),
         ("lab.runs", [*foreign, "plot", "matplotlib"]),
+        ("lab.frontier", [*foreign, "plot", "matplotlib"]),
     ):
         code = f"import sys; sys.modules |= dict.fromkeys({blocked}); import {room}"
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=600)
