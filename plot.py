@@ -6,6 +6,8 @@
 Plots the runs that `labels` names; where it names none of those found, all of them.
 Writes each figure as PNG and SVG, summary.md (the tables, which are also printed) and report.html
 (all of it in one file that fetches nothing).  Ten runs of 800 steps and three seeds: 6 seconds.
+What was declared to decide stands first; all else is descriptive.  Runs with several target L0s
+are compared as curves, at equal L0 and at equal FVU, and shown in full at the middle target.
 
 A value is the mean over seeds ± one standard error, sd(ddof=1) / sqrt(n); a single seed has no
 error bar.  A missing value is a gap or a dash, never a 0.  Scales and layers never share a figure

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from lab.drawing import Figure, draw
 from lab.frontier import at_middle, by_layer
 from lab.runs import Arm, find
-from lab.tables import Grey, Metrics, Table, comparison, endpoint_table, level_tables, results
+from lab.tables import Grey, Metrics, Table, comparison, endpoint_tables, level_tables, results
 
 TITLE = "Comparison of runs"
 LEGEND = (
@@ -27,7 +27,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px;
        margin: auto; padding: 1rem }
 h2 { border-top: 1px solid #ccc; margin-top: 3rem; padding-top: 1rem }
 .figures { display: grid; gap: 2rem;
-           grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)) }
+           grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)) }
 figure { margin: 0 } figure img { width: 100% } figcaption { color: #555; font-size: .9rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem }
 th, td { border-bottom: 1px solid #ddd; padding: .2rem .8rem .2rem 0; text-align: left;
@@ -68,7 +68,7 @@ def sections_of(groups: dict[str, list[Arm]], shown: Shown) -> list[Section]:
     names = shown.control, shown.baseline
     for layer, arms in layers.items():
         suffix = "_" + re.sub(r"[^\w.-]+", "_", layer) if len(drawable) > 1 else ""
-        decided, note = endpoint_table(layer, arms, metrics, *names), ""
+        decided, note = endpoint_tables(layer, arms, metrics, *names), ""
         middle = at_middle(arms, shown.control)
         entries = {arm.key: groups[arm.key] for arm in arms}
         if len(entries) > 1:

@@ -184,7 +184,7 @@ def task_table(arms: list[Arm], control: Arm) -> Table:
             *(means.get(task, math.nan) for task in tasks),
         ]
         lines.append([arm.row, *(shown((value, math.nan), "+") for value in values)])
-    note = "Paired by seed, then the mean over seeds; mean and sd are over tasks."
+    note = "Descriptive.  Paired by seed, then the mean over seeds; mean and sd are over tasks."
     return Table(f"Differences to {control.name}: top-1 probing by task", note, lines)
 
 
@@ -267,31 +267,32 @@ def comparison(
     return [*tables, online_table(trained)]
 
 
-def endpoint_table(
+def endpoint_tables(
     layer: str, arms: list[Arm], metrics: Metrics, control_name: str, baseline_name: str
 ) -> list[Table]:
-    """What was declared to decide, of every run against the control; none without a control."""
+    """What was declared to decide, of every run against the control, a table for each question;
+    none without a control."""
     runs = by_run(arms)
     control = runs.get(control_name)
     others = [run for name, run in runs.items() if name not in (control_name, baseline_name)]
     if not control or not others:
         return []
     found = [endpoints(run, control) for run in others]
-    head, lines = [""], []
-    for question, endpoint in found[0].items():
-        title = f"{question}: {titled(metrics[endpoint.metric])}"
-        places = [where(reading, control, metrics) for reading in endpoint.readings]
-        head += [*(f"{title}, {place}" for place in places), f"Holm p, {question}"]
-    for run, by_question in zip(others, found, strict=True):
-        line = [next(iter(run.values())).row]
-        for endpoint in by_question.values():
-            line += [difference(reading.found, reading.in_noise) for reading in endpoint.readings]
-            line.append(MISSING if math.isnan(endpoint.p) else f"{endpoint.holm:.2g}")
-        lines.append(line)
     how = EQUAL_FIDELITY if several(control) else SAME_TARGET
-    note = DECLARED.format(control=control_name, n=len(found[0]), how=how)
-    note += "".join(f"  {sentence}" for sentence in not_comparable(at_middle(arms, control_name)))
-    return [Table(f"Primary endpoints: {layer}", note, [head, *lines])]
+    notes = [DECLARED.format(control=control_name, n=len(found[0]), how=how)]
+    notes += not_comparable(at_middle(arms, control_name))
+    tables = [Table(f"Primary endpoints: {layer}", "  ".join(notes), [])]
+    for question, first in found[0].items():
+        places = [where(reading, control, metrics) for reading in first.readings]
+        lines = [["", *places, "Holm p"]]
+        for run, by_question in zip(others, found, strict=True):
+            endpoint = by_question[question]
+            cells = [difference(reading.found, reading.in_noise) for reading in endpoint.readings]
+            p = MISSING if math.isnan(endpoint.p) else f"{endpoint.holm:.2g}"
+            lines.append([next(iter(run.values())).row, *cells, p])
+        title = f"{question}: {titled(metrics[first.metric])}"
+        tables.append(Table(f"Primary endpoint of {title} ({layer})", "", lines))
+    return tables
 
 
 def where(reading: Comparison, control: ByTarget, metrics: Metrics) -> str:

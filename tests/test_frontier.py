@@ -1,7 +1,9 @@
 """lab/frontier.py and what plot.py shows of it: curves over target L0s, and declared endpoints."""
 
+import itertools
 import json
 import math
+import re
 import shutil
 from copy import deepcopy
 
@@ -27,7 +29,7 @@ import plot
 from lab import drawing, frontier
 from lab.frontier import at_middle, by_layer, by_run, endpoints, levels
 from lab.report import as_markdown
-from lab.tables import endpoint_table, level_tables
+from lab.tables import endpoint_tables, level_tables
 
 LAYER = f"{LAPTOP}, every L0"
 RUN_1, SEEDS = "run_1 blend 0.1→0.9 + EMA", 6
@@ -81,9 +83,13 @@ def layer(folder) -> list:
 def tables_of(folder) -> str:
     """What is decided and read off, as summary.md has it."""
     arms = layer(folder)
-    tables = endpoint_table(LAYER, arms, plot.METRICS, *NAMES)
+    tables = endpoint_tables(LAYER, arms, plot.METRICS, *NAMES)
     tables += level_tables(arms, plot.METRICS, tuple(plot.CURVES), *NAMES)
     return "\n\n".join(map(as_markdown, tables)) + "\n"
+
+
+def decided(text: str, question: str, name: str = RUN_1, of: str = LAYER) -> dict:
+    return table(text, f"Primary endpoint of {question} ({of})")[name]
 
 
 def compared(folder) -> dict:
@@ -113,26 +119,23 @@ def test_the_endpoints_are_those_worked_out_by_hand(text):
     """Absorbed at L0 16: half of .4 and .2 + .02 (s + 1), less .3: .01, .02, ... .06.  The mean is
     .035; two of 64 flips are as far from 0.  FVU falls fourfold where L0 grows fourfold, so at FVU
     .16 it is the same."""
-    row = table(text, f"Primary endpoints: {LAYER}")[RUN_1]
-    by_l0 = row["absorption: absorbed ↓, at L0 on words 16.0"]
-    mean, rest = by_l0.split(" [")
+    row = decided(text, "absorption: absorbed ↓")
+    mean, rest = row["at L0 on words 16.0"].split(" [")
     interval, rest = rest.split("], ")
     assert (mean, rest) == ("+0.0350", "p 0.031, n 6")
     expected = plain_bca([0.01 * (s + 1) for s in range(SEEDS)])
     assert [float(x) for x in interval.split(", ")] == pytest.approx(expected, abs=6e-4)
-    assert row["absorption: absorbed ↓, at FVU on words 0.1600"] == by_l0
+    assert row["at FVU on words 0.1600"] == row["at L0 on words 16.0"]
     # Roughness: a third of .0015 times -1, 2, 3, 4, 5, 6, so .0015833; of the sums of its flips
     # four are as far from 0 (none, or only the smallest, and their opposites).
-    stability = row["stability: mse roughness ↓, mean over targets"]
-    assert stability.startswith("+0.00158 [")
-    assert stability.endswith("p 0.062, n 6")
+    stability = decided(text, "stability: mse roughness ↓")
+    assert stability["mean over targets"].startswith("+0.00158 [")
+    assert stability["mean over targets"].endswith("p 0.062, n 6")
     # Tasks .3 apart have an sd of .3 / sqrt 2, at every L0; the control's .2 / sqrt 2.
-    probing = row["probing: sd over tasks ↓, at L0 on texts 16.0"]
-    assert probing == "+0.0707 [+0.0707, +0.0707], p 0.031, n 6"
-    # Holm of 2/64, 4/64, 2/64: the smallest three times, at least as much the next, the last once.
-    assert [row[f"Holm p, {q}"] for q in ("stability", "absorption", "probing")] == [
-        "0.094"  # 4/64 counts once, but no less than the one before it
-    ] * 3
+    probing = decided(text, "probing: sd over tasks ↓")
+    assert probing["at L0 on texts 16.0"] == "+0.0707 [+0.0707, +0.0707], p 0.031, n 6"
+    # Holm of 4/64, 2/64, 2/64: a smallest three times, the next no less, nor the last.
+    assert [found["Holm p"] for found in (stability, row, probing)] == ["0.094"] * 3
 
 
 def test_curves_are_read_off_by_hand_at_the_places_that_the_control_gives(text):
@@ -208,13 +211,12 @@ def test_nothing_is_read_off_where_a_curve_does_not_reach(tmp_path):
         of["final_info_dict"]["fvu_on_words"] = [0.9 + 0.01 * i] * SEEDS
     write(tmp_path, run_7=control_info(), run_1=far)
     said = tables_of(tmp_path)
-    row = table(said, f"Primary endpoints: {LAYER}")[RUN_1]
-    assert row["absorption: absorbed ↓, at L0 on words 16.0"].startswith("+0.0350")
-    assert row["absorption: absorbed ↓, at FVU on words 0.1600"] == "–"
-    assert row["Holm p, absorption"] == "–"
+    row = decided(said, "absorption: absorbed ↓")
+    assert row["at L0 on words 16.0"].startswith("+0.0350")
+    assert row["at FVU on words 0.1600"] == row["Holm p"] == "–"
     # What is missing counts as p = 1: the other two are still two of three.
-    assert row["Holm p, probing"] == "0.094"
-    assert row["Holm p, stability"] == "0.12"
+    assert decided(said, "probing: sd over tasks ↓")["Holm p"] == "0.094"
+    assert decided(said, "stability: mse roughness ↓")["Holm p"] == "0.12"
     cells = table(said, "absorbed ↓, read off")[RUN_1]
     assert all(cell == "–" for name, cell in cells.items() if name.startswith("FVU"))
 
@@ -239,6 +241,21 @@ def test_two_readings_of_absorption_that_differ_in_sign_hold_nothing(tmp_path):
     assert (l0.mean, l0.p) == (pytest.approx(0.035), 2 / 64)
     assert (fvu.mean < 0, fvu.p) == (True, 2 / 64)
     assert (found.p, found.holm) == (1.0, 1.0)
+
+
+def test_of_two_readings_the_larger_p_counts(tmp_path):
+    """The first seed reconstructs worse: at FVU .16 it is where its L0 is 32, at .22.  The seeds
+    then differ by -.08, .02, .03, .04, .05, .06: .12 in all."""
+    run = run_info()
+    for of in run.values():
+        of["final_info_dict"]["fvu_on_words"][0] *= 2
+    write(tmp_path, run_7=control_info(), run_1=run)
+    flips = itertools.product((-1, 1), repeat=SEEDS)
+    sums = [sum(np.multiply(signs, (8, 2, 3, 4, 5, 6))) for signs in flips]
+    larger = np.mean(np.abs(sums) >= 12)
+    found = compared(tmp_path)["absorption"]
+    assert [reading.found.p for reading in found.readings] == [2 / 64, larger]
+    assert found.p == larger > 2 / 64
 
 
 def test_seeds_that_only_one_run_has_are_left_out(tmp_path):
@@ -288,12 +305,10 @@ def test_with_one_target_runs_are_compared_there_and_it_says_so(tmp_path):
     assert draw(tmp_path).returncode == 0
     said = (tmp_path / "summary.md").read_text("utf-8")
     assert "at the target, not at equal fidelity" in said.split("\n## ")[0]
-    row = table(said, f"Primary endpoints: {LAPTOP}")[RUN_1]
-    assert [name for name in row if name.startswith("absorption")] == [
-        "absorption: absorbed ↓, at the target"
-    ]
-    # .22, .24, ... .32 less .3: the mean is -.03; -.08 -.06 -.04 -.02 0 .02 by its flips.
-    assert row["absorption: absorbed ↓, at the target"].startswith("-0.0300 [")
+    row = decided(said, "absorption: absorbed ↓", of=LAPTOP)
+    assert list(row) == ["", "at the target", "Holm p"]
+    # .22, .24, ... .32 less .3: the mean is -.03.
+    assert row["at the target"].startswith("-0.0300 [")
     assert "read off" not in said
     assert not (tmp_path / "frontier.svg").exists()
     assert {"words.svg", "tradeoff.svg"} <= {path.name for path in tmp_path.iterdir()}
@@ -325,9 +340,12 @@ def test_the_committed_study_is_redrawn_though_it_is_older_than_the_endpoints(tm
     found = draw(tmp_path)
     assert (found.returncode, found.stderr) == (0, "")
     said = (tmp_path / "summary.md").read_text("utf-8")
-    row = table(said, f"Primary endpoints: {LAPTOP}")["run_8 cosine only"]
-    assert row["absorption: absorbed ↓, at the target"] == row["Holm p, absorption"] == "–"
-    assert row["probing: sd over tasks ↓, at the target"] == "+0.0094 ± 0.0118, p 0.5, n 3"
+    absorption, probing = (
+        decided(said, question, "run_8 cosine only", LAPTOP)
+        for question in ("absorption: absorbed ↓", "probing: sd over tasks ↓")
+    )
+    assert absorption["at the target"] == absorption["Holm p"] == "–"
+    assert probing["at the target"] == "+0.0094 ± 0.0118, p 0.5, n 3"
     assert not (tmp_path / "words.svg").exists()
 
 
@@ -412,12 +430,15 @@ def test_in_a_world_two_questions_are_asked_and_absorption_is_the_gap(tmp_path):
     found = draw(tmp_path)
     assert (found.returncode, found.stderr) == (0, "")
     said = (tmp_path / "summary.md").read_text("utf-8")
-    row = table(said, "Primary endpoints: synthetic layer 1, every L0")["run_8 cosine only"]
-    assert [name.split(":")[0] for name in row if ":" in name] == ["stability"] + ["absorption"] * 2
+    asked = re.findall(r"### Primary endpoint of (.*)", said)
+    of = [f"(synthetic layer {i}, every L0)" for i in (0, 1)]
+    assert asked == [
+        f"{q} {i}" for i in of for q in ("stability: mse roughness ↓", "absorption: gap ↓")
+    ]
     assert "among the 2 questions" in said
-    (name, _) = [name for name in row if name.startswith("absorption: gap ↓, at ")]
-    l0s = world_entry("run_7", 8.5)["final_info_dict"]["l0"]
-    assert name == f"absorption: gap ↓, at L0 {np.mean(l0s):.4f}"
+    row = decided(said, "absorption: gap ↓", "run_8 cosine only", "synthetic layer 1, every L0")
+    l0s, fvus = (world_entry("run_7", 8.5)["final_info_dict"][name] for name in ("l0", "fvu"))
+    assert list(row)[1:3] == [f"at L0 {np.mean(l0s):.4f}", f"at FVU {np.mean(fvus):.4f}"]
     for i in (0, 1):
         shown = words(tmp_path / f"frontier_synthetic_layer_{i}_every_L0.svg")
         assert all(title in shown for title in ("gap ↓", "FVU ↓", "MCC ↑", "F1 ↑"))
