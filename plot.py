@@ -146,8 +146,7 @@ def known(arms: list[Arm], metrics: Iterable[str]) -> list[str]:
 # │ Figures: the name of each is its file's, the docstring its caption                             │
 # └────────────────────────────────────────────────────────────────────────────────────────────────┘
 
-
-# Score -> what it is drawn and read off against, measured on what it is scored on.
+# Score -> what it is drawn against, over all target L0s; each is read off at equal L0 and FVU.
 CURVES = {
     "absorption_absorbed": ("l0", "fvu"),
     "absorption_gap": ("l0", "fvu"),
@@ -166,6 +165,8 @@ def frontier(arms: list[Arm]):
     """Every run over its target L0s: a line through the means, a dot a seed.  L0 and FVU are those
     on the words or texts of the score, where they were measured."""
     panels = [(measured_as(arms, x, y), y) for y in known(arms, CURVES) for x in CURVES[y]]
+    if not panels:
+        return None
     n_rows = math.ceil(len(panels) / 2)
     figure, (band, _) = stack("Frontier", arms, [1.55 * n_rows])
     for ax, panel in zip_longest(band.subplots(n_rows, 2, squeeze=False).flat, panels):

@@ -154,7 +154,13 @@ def shares(ax, arms: list[Arm], parts: dict[str, tuple[str, str]]) -> None:
                 number = f"{width:.3f}".removeprefix("0")
                 ax.text(at, y, number, ha=side, va="center_baseline", **look)
         if not i:
-            bar = {"fmt": "none", "ecolor": "black", "elinewidth": 0.7, "capsize": 2.2}
+            bar = {
+                "fmt": "none",
+                "ecolor": "black",
+                "elinewidth": 0.7,
+                "capsize": 2.2,
+                "capthick": 0.7,
+            }
             ax.errorbar(widths, range(len(arms)), xerr=errors, **bar)
         ends = ends + widths
     for y in np.flatnonzero(~np.isfinite(ends)):

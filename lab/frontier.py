@@ -113,12 +113,13 @@ def measured_as(arms: list[Arm], quantity: str, metric: str) -> str:
 
 def _shared(runs: Sequence[ByTarget], metrics: Sequence[str]) -> np.ndarray:
     """[run, metric, target, seed], over the targets at which every run has every metric of every
-    seed that all of them have: a curve across a hole would bend elsewhere than one without."""
+    seed that all of them have: a line across a hole is another line than one through a point."""
     found = [
         [[of_seeds(run[target], metric) for metric in metrics] for run in runs]
         for target in runs[0]
         if all(target in run for run in runs)
     ]
+    found = [at for at in found if all(len(seeds) for run in at for seeds in run)]
     n = min((len(seeds) for at in found for run in at for seeds in run), default=0)
     table = np.array([[[seeds[:n] for seeds in run] for run in at] for at in found])
     table = table.reshape(len(found), len(runs), len(metrics), n)
@@ -146,10 +147,8 @@ def levels(control: ByTarget, x: str) -> dict[str, float]:
     low, high = np.log(reached)
     middle = np.median(np.log(xs.mean(1)))
     found = low + (high - low) / 4, middle, low + (high - low) * 3 / 4
-    rounded = (
-        float(f"{math.exp(x):.10g}") for x in found
-    )  # exp(log(8)) misses a curve that ends at 8
-    return dict(zip(LEVELS, rounded, strict=True))
+    # Rounded: exp(log(8)) is a little off, and misses a curve that ends at 8.
+    return {name: float(f"{math.exp(x):.10g}") for name, x in zip(LEVELS, found, strict=True)}
 
 
 def at_level(run: ByTarget, control: ByTarget, x: str, y: str, level: float) -> Comparison:

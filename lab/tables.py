@@ -43,8 +43,8 @@ DECLARED = (
     "less than the sd over {control}'s own seeds.  Everything else on this page is descriptive."
 )
 EQUAL_FIDELITY = (
-    "Absorption: at equal L0 and at equal FVU, and the larger p of the two counts, or 1 where they "
-    "differ in sign.  Probing: at equal L0."
+    "Absorption is compared at equal L0 and at equal FVU, and the larger p of the two counts, or 1 "
+    "where they differ in sign."
 )
 SAME_TARGET = "There is one target: runs are compared at the target, not at equal fidelity."
 READ_OFF = (

@@ -299,6 +299,24 @@ def test_a_target_with_a_missing_value_is_left_out_and_is_no_zero(tmp_path, miss
     assert np.isnan(line.get_ydata()).tolist() == [False, True, False]
 
 
+def test_a_metric_that_one_target_does_not_have_at_all_leaves_that_target_out(tmp_path):
+    run, other = run_info(), control_info()
+    del run[f"{LAPTOP}, L0 16"]["final_info_dict"]["mse_roughness"]
+    del other[f"{LAPTOP}, L0 4"]["final_info_dict"]["l0"]
+    write(tmp_path, run_7=control_info(), run_1=run, run_3=other)
+    found = compared(tmp_path)["stability"].readings[0].found
+    assert found.mean == pytest.approx(0.0015 * 19 / 6 / 2)  # of two targets, not of three
+    assert "run_3: over 2 of 3 targets." in tables_of(tmp_path).split("### FVU ↓, read off")[1]
+
+
+def test_scores_that_no_run_has_are_no_panel_and_no_figure(tmp_path):
+    bare = {f"{LAPTOP}, L0 {t}": entry(grad_norm_cv=[0.2, 0.3]) for t in TARGETS}
+    write(tmp_path, run_7=bare, run_1=bare)
+    assert plot.frontier(layer(tmp_path)) is None
+    found = draw(tmp_path)
+    assert (found.returncode, found.stderr) == (0, "")
+
+
 def test_with_one_target_runs_are_compared_there_and_it_says_so(tmp_path):
     for name, info in (("run_7", control_info()), ("run_1", run_info())):
         write_run(tmp_path, name, {LAPTOP: info[f"{LAPTOP}, L0 16"]}, records(8))

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from made_up_runs import LAPTOP, records, usual_entry, write_run
+from made_up_runs import LAPTOP, draw, records, usual_entry, words, write_run
 from test_ema_and_constraint import batch, trainer_of
 from tiny import run_script, tiny_scale
 
@@ -77,6 +77,8 @@ def test_a_run_of_two_targets_has_an_entry_and_saes_of_each(tiny_model, cache, t
         bench = [found["sae_lens_release_id"] for found in entry["sae_bench"]["sparse_probing"]]
         at = f"l0_{entry['means']['l0_target']:g}_seed_"
         assert [name.split(at)[1][0] for name in bench] == ["0", "1"]
+    assert draw(tmp_path).returncode == 0
+    assert "FVU ↓" in words(tmp_path / "frontier.svg")
 
 
 def test_an_entry_is_named_after_its_target_only_where_there_are_several():
