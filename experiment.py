@@ -44,7 +44,7 @@ from typing import NamedTuple
 import torch
 
 from lab import saved_sae
-from lab.activations import ActivationStream, Calibration
+from lab.activations import ActivationStream, Calibration, harvest
 from lab.checkpoints import Checkpoints, Keeper
 from lab.devices import Ranks, on_device, training_device
 from lab.evaluation import check_all, evaluate, prepare
@@ -480,18 +480,22 @@ class WeightAverage:
 
 def next_lambda(
     lambda_S: torch.Tensor,
-    smoothed_l0_S: torch.Tensor,
-    l0_target_S: torch.Tensor,
+    error_S: torch.Tensor,
+    change_S: torch.Tensor,
     gain: float = 0.05,
+    ahead: float = 20.0,
+    limit: float = 0.1,
 ) -> torch.Tensor:
     """One step of the controller that holds L0 at its target.
 
-    lambda moves by at most a factor e^gain a step, in proportion to how far (in log) L0 is off:
-    without this rate limit L0, which falls from a thousand to thirty in 300 steps, overshoots.
+    `error_S` is how far L0 is off, log(L0 / target), and `change_S` by how much that changed in the
+    last step.  lambda follows the error to be expected `ahead` steps from now: weights answer to it
+    late, and by the error of the moment alone L0 falls a quarter below its target and comes back.
+    It moves by at most a factor e^limit a step.
     Of an activation that fixes L0 itself, at or below the target (TopK), lambda falls to its floor.
     """
-    error_S = (smoothed_l0_S.clamp_min(1e-3) / l0_target_S).log().clamp(-1, 1)
-    return (lambda_S * (gain * error_S).exp()).clamp(1e-6, 1e3)
+    move_S = gain * (error_S.clamp(-1, 1) + ahead * change_S)
+    return (lambda_S * move_S.clamp(-limit, limit).exp()).clamp(1e-6, 1e3)
 
 
 def recent_best(best: float, absorption: float, leak: float = 0.5) -> float:
@@ -558,7 +562,10 @@ class Trainer:
         self.average = WeightAverage(self.sae.parameters()) if run.ema else None
         self.lambda_S = torch.full((S,), recipe.initial_lambda, device=self.device)
         self.smoothed_l0_S = torch.full((S,), math.nan, device=self.device)  # not measured yet
-        self.l0_ratio_S = torch.ones(S, device=self.device)  # of the average's L0 to the weights'
+        self.l0_error_S = torch.full((S,), math.nan, device=self.device)  # log(L0 / target)
+        # L0 of what is evaluated, on held-out rows, to that of the weights on their batch.
+        self.l0_ratio_S = torch.ones(S, device=self.device)
+        self.heldout_ND: torch.Tensor | None = None  # some residuals that are never trained on
         self.idle_steps_SF = torch.zeros(S, scale.d_sae, dtype=torch.int32, device=self.device)
         self.paced = [0.0] * S  # schedule progress of each seed, when absorption drives it
         self.rate = [1.0] * S
@@ -611,6 +618,8 @@ class Trainer:
         measured = torch.stack([forward.loss_S, forward.mse_S, forward.l1_S, forward.l0_S]).detach()
         self.ranks.average_(measured)
         loss_S, mse_S, l1_S, l0_S = measured
+        measure = step % self.scale.online_every == 0 or step == self.scale.total_steps - 1
+        l0_heldout_S = self.measure_heldout(alphas, l0_S) if measure else None
         grad_norm_S = self.gradient_norm()
         # The order must not move: project, step, normalise, average.
         sae.project_decoder_gradient_()
@@ -621,7 +630,6 @@ class Trainer:
         if self.average:
             self.average.update_(on_device(decays, self.device))
 
-        measure = step % self.scale.online_every == 0 or step == self.scale.total_steps - 1
         record = {
             "layer": self.layer,
             "step": step,
@@ -634,12 +642,12 @@ class Trainer:
             "mse": mse_S,
             "l1": l1_S,
             "l0": l0_S,
-            "l0_average": self.measure_average(x, alphas, l0_S) if measure else None,
+            "l0_heldout": l0_heldout_S,
             "grad_norm": grad_norm_S,
             "dead": self.dead_fraction(forward.fired_SF),
             **self.measure_absorption(step, alphas, measure),
         }
-        self.control_sparsity(l0_S, on_device(targets, self.device))
+        self.control_sparsity(l0_S, on_device(targets, self.device), factor)
         self.steps_done += 1
         return record
 
@@ -656,30 +664,49 @@ class Trainer:
         return (self.idle_steps_SF >= window).float().mean(-1)
 
     @torch.no_grad()
-    def measure_average(
-        self, x: torch.Tensor, alphas: list[float], l0_S: torch.Tensor
+    def measure_heldout(
+        self, alphas: list[float], l0_S: torch.Tensor, keep: float = 0.5
     ) -> torch.Tensor | None:
-        """L0 of the averaged weights on a batch [S]: they are what is evaluated, and they fire more
-        latents than the weights of the moment, so theirs is the L0 to hold at the target.
+        """L0 on held-out rows [S], of the average where there is one: it is the L0 that runs are
+        compared at.  Other text fires other numbers of latents, and an average more than the
+        weights of the moment.  `l0_S` is the weights' own on the batch of this step.
 
         An average below the weights only lags behind them: that passes, and steering by it would
-        push L0 past the target, so the ratio is at least 1.
+        push L0 past the target, so theirs counts then.
         """
-        if not self.average:
+        if self.heldout_ND is None:
             return None
-        with self.averaged():
-            average_S = self.sae(x, alphas, self.lambda_S, self.dtype).l0_S
-        self.ranks.average_(average_S)
-        self.l0_ratio_S = (average_S / l0_S.clamp_min(1e-3)).clamp_min(1.0)
-        return average_S
+        batches = (self.heldout_ND * self.units.scale).split(self.scale.batch_tokens)
+
+        def fired() -> torch.Tensor:
+            found = (self.sae.encode(x, alphas, self.dtype).sign().sum(-1) for x in batches)
+            return sum(count.float().sum(-1) for count in found) / len(self.heldout_ND)
+
+        self.sae.eval()
+        heldout_S = fired()
+        self.sae.train()
+        if self.average:
+            with self.averaged():
+                heldout_S = torch.maximum(heldout_S, fired())
+        self.ranks.average_(heldout_S)
+        ratio_S = heldout_S / l0_S.clamp_min(1e-3)
+        first = self.steps_done == 0
+        self.l0_ratio_S = ratio_S if first else keep * self.l0_ratio_S + (1 - keep) * ratio_S
+        return heldout_S
 
     def control_sparsity(
-        self, l0_S: torch.Tensor, target_S: torch.Tensor, keep: float = 0.8
+        self, l0_S: torch.Tensor, target_S: torch.Tensor, factor: float, keep: float = 0.8
     ) -> None:
+        """`factor`: that of the learning rate."""
         l0_S = l0_S * self.l0_ratio_S
         old = torch.where(self.smoothed_l0_S.isnan(), l0_S, self.smoothed_l0_S)
         self.smoothed_l0_S = keep * old + (1 - keep) * l0_S
-        self.lambda_S = next_lambda(self.lambda_S, self.smoothed_l0_S, target_S)
+        error_S = (self.smoothed_l0_S.clamp_min(1e-3) / target_S).log()
+        change_S = (error_S - self.l0_error_S).nan_to_num(nan=0.0)
+        self.l0_error_S = error_S
+        late = self.steps_done > self.recipe.warmup_steps  # only what falls at the end counts
+        gain = 0.05 / max(factor, 0.1) if late else 0.05
+        self.lambda_S = next_lambda(self.lambda_S, error_S, change_S, gain)
 
     def measure_absorption(self, step: int, alphas: list[float], measure: bool) -> dict:
         """Online absorption, now and then; in an adaptive run it sets the pace."""
@@ -752,6 +779,7 @@ def begun(
     recipe: Recipe,
     run: Run,
     lm: LanguageModel,
+    heldout_NL: torch.Tensor,
     first_document: int,
     ranks: Ranks,
     checkpoint: dict | None,
@@ -768,10 +796,13 @@ def begun(
             for layer, units in zip(scale.layers, stream.calibrations(), strict=True)
         ]
         seed_everything("training", scale.name)  # whoever draws without a generator of their own
-    for trainer in trainers:  # what belongs to this execution, not to the training
+    some_NL = heldout_NL[:: max(1, len(heldout_NL) // 32)]  # from all of it
+    heldout_NLD = harvest(lm, some_NL, scale.lm_batch)
+    for i, trainer in enumerate(trainers):  # what belongs to this execution, not to the training
         trainer.scale, trainer.ranks, trainer.device = scale, ranks, training_device()
         measure = online_truth if scale.world else online_absorption
         trainer.online = measure(scale, lm, trainer.layer)
+        trainer.heldout_ND = trainer.units.ordinary(heldout_NLD[:, i])
     return trainers, stream
 
 
@@ -837,7 +868,7 @@ def execute(out_dir: Path, name: str, scale: Scale, ranks: Ranks, signals: Signa
         log = TrainingLog(work.folder / "training_log.jsonl", name, config, writes=first)
         checkpoints = Checkpoints(work.folder, work.identity, writes=first)
         checkpoint = checkpoints.newest(log, ranks)
-        parts = begun(scale, recipe, run, lm, first_document, ranks, checkpoint)
+        parts = begun(scale, recipe, run, lm, heldout, first_document, ranks, checkpoint)
         train(scale, *parts, Keeper(log, checkpoints, signals, ranks, scale.checkpoint_seconds))
         ranks.part()
         clock.lap("training")

@@ -109,7 +109,7 @@ def with_readouts(run: Path, tasks: list[str]) -> dict:
                 start = time.process_time()
                 found = evaluate_probing(scale, lm, some, Path(folder), alphas)
                 seconds[how].append((time.process_time() - start) / len(others))
-                own.append([without_times(result) for result in found[layer, None]])
+                own.append([without_times(r) for r in sae_benchs(found[layer, None])])
     return seconds | {"own scores": own[0], "of every turn": all(one == own[0] for one in own)}
 
 
@@ -133,6 +133,11 @@ def readouts(run: Path, commit: str, tasks: list[str]) -> dict:
     return result
 
 
+def sae_benchs(found: list[dict]) -> list[dict]:
+    """Its own results; before, they were all that there was."""
+    return [result.get("sae_bench", result) for result in found]
+
+
 def score_with_ours(scored: Scored, scale, lm, words: int | None) -> None:
     """Sparse probing, or with `words` absorption."""
     from lab.absorption import evaluate_absorption, first_letter_probes
@@ -140,14 +145,13 @@ def score_with_ours(scored: Scored, scale, lm, words: int | None) -> None:
 
     (layer,) = scale.layers
     if words is None:
-        scored("sparse probing", lambda some, folder: next(
-            iter(evaluate_probing(scale, lm, {layer: some}, folder).values())))  # fmt: skip
+        scored("sparse probing", lambda some, folder: sae_benchs(next(
+            iter(evaluate_probing(scale, lm, {layer: some}, folder).values()))))  # fmt: skip
         return
     first_letter_probes(scale, lm, layer)
 
     def absorption(some: dict[str, Path], folder: Path) -> list[dict]:
-        found = evaluate_absorption(scale, lm, layer, some, folder)
-        return [its.get("sae_bench", its) for its in found]  # before: SAE-Bench's result alone
+        return sae_benchs(evaluate_absorption(scale, lm, layer, some, folder))
 
     scored(f"absorption at {words} words", absorption)
 

@@ -55,9 +55,11 @@ def cosine_sae(model: Path, documents: Path, tokens: int, seeds: int = 1) -> dic
     lm = load_language_model(scale)
     first_letter_probes(scale, lm, LAYER)  # made once, for all runs
     start = time.perf_counter()
-    _, first_document = heldout_contexts(scale, lm)
+    heldout, first_document = heldout_contexts(scale, lm)
     recipe, run, ranks = experiment.RECIPES["laptop"], experiment.RUNS["run_1"], Ranks()
-    trainers, stream = experiment.begun(scale, recipe, run, lm, first_document, ranks, None)
+    trainers, stream = experiment.begun(
+        scale, recipe, run, lm, heldout, first_document, ranks, None
+    )
     with tempfile.TemporaryDirectory() as folder:
         log = TrainingLog(Path(folder) / "log.jsonl", "run_1", {})
         checkpoints = Checkpoints(Path(folder), {})

@@ -28,6 +28,11 @@ class Calibration(NamedTuple):
     outlier_norm: float  # residual-stream units; tokens above it are left out of training
     outlier_fraction: float  # of the first block
 
+    def ordinary(self, residuals_ND: torch.Tensor) -> torch.Tensor:
+        """The rows that are no outliers, in float32."""
+        residuals_ND = residuals_ND.float()
+        return residuals_ND[residuals_ND.norm(dim=-1) <= self.outlier_norm]
+
 
 def finite_norms(x: torch.Tensor) -> torch.Tensor:
     """Norms over the last dimension, in float32.  Raises ExperimentError if one is not finite: it

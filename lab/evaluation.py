@@ -48,7 +48,7 @@ def check_all(
     """Load every saved SAE as a user does and compare it with the one that was trained, on ordinary
     tokens of held-out text, and its alpha with the last that was logged.  Raises ExperimentError
     where they differ."""
-    rows_NLD, worst = harvest(lm, heldout_NL[:16], scale.lm_batch).float(), 0.0
+    rows_NLD, worst = harvest(lm, heldout_NL[:16], scale.lm_batch), 0.0
     last = {record["layer"]: record for record in records}
     for i, trainer in enumerate(trainers):
         trained, saved_as = last[trainer.layer]["alpha"], trainer.final_alphas()
@@ -57,8 +57,7 @@ def check_all(
             f"the last step trained with alpha {trained}, and the SAEs were saved with {saved_as}: "
             "both must come from schedule_at(); nothing was evaluated",
         )
-        rows_ND = rows_NLD[:, i]
-        rows_ND = rows_ND[rows_ND.norm(dim=-1) <= trainer.units.outlier_norm]
+        rows_ND = trainer.units.ordinary(rows_NLD[:, i])
         for seed, folder in enumerate(saved[trainer.layer].values()):
             worst = max(worst, *check_saved(trainer, folder, seed, rows_ND).values())
         check_trained_on_this(trainer, last[trainer.layer], rows_ND)
@@ -129,7 +128,9 @@ def evaluate(
     clock.lap("fidelity")
 
     def all_probing() -> list:
-        found = evaluate_probing(scale, lm, saved, folder / "sparse_probing", readout_alphas)
+        norms = {layer: of_layer.outlier_norm for layer, of_layer in units.items()}
+        where = folder / "sparse_probing"
+        found = evaluate_probing(scale, lm, saved, where, readout_alphas, norms)
         return [[*key, results] for key, results in found.items()]
 
     for layer, alpha, results in part("sparse_probing", all_probing):

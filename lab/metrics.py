@@ -95,15 +95,16 @@ def between_seeds(values: list, compare: Callable) -> list[float | None]:
 
 
 def probing_metrics(found: dict, k_values: tuple[int, ...]) -> dict[str, float]:
-    """One SAE's sparse-probing numbers, from SAE-Bench's result."""
-    sae, llm = found["eval_result_metrics"]["sae"], found["eval_result_metrics"]["llm"]
-    top_1 = [task["sae_top_1_test_accuracy"] for task in found["eval_result_details"]]
+    """One SAE's sparse-probing numbers, of evaluate_probing()."""
+    its = found["sae_bench"]
+    sae, llm = its["eval_result_metrics"]["sae"], its["eval_result_metrics"]["llm"]
+    top_1 = [task["sae_top_1_test_accuracy"] for task in its["eval_result_details"]]
     metrics = {f"probing_top_{k}": sae[f"sae_top_{k}_test_accuracy"] for k in k_values}
     metrics |= {f"lm_top_{k}": llm[f"llm_top_{k}_test_accuracy"] for k in k_values}
     metrics["probing_all_latents"] = sae["sae_test_accuracy"]
     metrics["lm_all_channels"] = llm["llm_test_accuracy"]
     metrics["probing_top_1_sd_over_tasks"] = sd_or_none(top_1)
-    return metrics
+    return metrics | found["texts"]
 
 
 def readout_metrics(found: dict, k_values: tuple[int, ...]) -> dict[str, float]:

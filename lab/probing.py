@@ -1,5 +1,6 @@
 """SAE-Bench's sparse probing of saved SAEs, its texts read once for all of them."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from lab.storage import cached, disjoint, save_tensors, tensor_sha256
 # On a CPU.  Latents of more rows at several alphas leave its cache between two passes over them; of
 # fewer rows, what is made of the weights alone and once a call takes longer.
 ROWS_AT_ONCE = 768
+EVERY = 32  # of the texts' tokens one in so many is also reconstructed: some thousands are enough
 
 
 class ProbingTexts:
@@ -38,11 +40,15 @@ class ProbingTexts:
         folder: Path,
         saes: dict[int, list],
         readouts: dict[int, list] | None = None,
+        outlier_norms: dict[int, float] | None = None,
     ):
         """`saes`: {layer: SAEs that will be asked about}; `readouts`: {id(sae): the same SAE with
-        other alphas}, which are probed as soon as it is, on the texts that were drawn for it."""
+        other alphas}, which are probed as soon as it is, on the texts that were drawn for it;
+        `outlier_norms`: {layer: norm above which a token is left out of L0 and FVU}."""
         self.scale, self.lm, self.folder = scale, lm, folder
         self.saes, self.readouts = saes, readouts or {}
+        self.on_texts = {id(sae): OnTexts() for of_layer in saes.values() for sae in of_layer}
+        self.outlier_norms = outlier_norms or {}
         self.handles: list[dict[str, str]] = []  # of the SAE that is scored: train, test
         self.latents: dict[tuple[str, int], torch.Tensor] = {}  # (handle, id(sae)) -> [texts, F]
         self.scored: dict[tuple[str, int], tuple] = {}  # (task, id(sae)) -> SAE-Bench's results
@@ -188,9 +194,12 @@ class ProbingTexts:
         }
         for owner, rows in in_cache(chunks):
             for i, layer in enumerate(self.lm.layers):
-                x = rows[:, i]
+                x, some = rows[:, i], slice(None, None, EVERY)
+                ordinary = x[some].float().norm(dim=-1) <= self.outlier_norms.get(layer, math.inf)
                 for sae, f in latents_at_once(asked.get(layer, ()), x):
                     means[layer, id(sae)].add(owner, f)
+                    if id(sae) in self.on_texts:
+                        self.on_texts[id(sae)].add(sae, x[some][ordinary], f[some][ordinary])
         digest, dtype = handle.split("/")[1], getattr(torch, self.scale.evaluation_dtype)
         for (layer, sae), mean in means.items():
             self.latents[f"{layer}/{digest}", sae] = mean.result().to("cpu", dtype)
@@ -236,6 +245,26 @@ class MeanByText:
 
     def result(self) -> torch.Tensor:
         return self.sums / self.counts
+
+
+class OnTexts:
+    """Running L0 and FVU of one SAE on tokens that are scored."""
+
+    def __init__(self):
+        self.n, self.fired, self.error, self.squares, self.total_D = 0, 0.0, 0.0, 0.0, 0.0
+
+    def add(self, sae, x_ND: torch.Tensor, f_NF: torch.Tensor) -> None:
+        x_ND, x_hat_ND = x_ND.double(), sae.decode(f_NF).double()
+        self.n, self.fired = self.n + len(x_ND), self.fired + (f_NF > 0).sum()
+        self.error = self.error + (x_ND - x_hat_ND).square().sum()
+        self.squares, self.total_D = self.squares + x_ND.square().sum(), self.total_D + x_ND.sum(0)
+
+    def result(self) -> dict[str, float]:
+        spread = self.squares - self.total_D.square().sum() / self.n
+        return {
+            "l0_on_texts": (self.fired / self.n).item(),
+            "fvu_on_texts": (self.error / spread).item(),
+        }
 
 
 def latents_held(scale: Scale, n_readouts: int = 0) -> int:
@@ -314,9 +343,11 @@ def evaluate_probing(
     saved: dict[int, dict[str, Path]],
     folder: Path,
     alphas: Iterable[float] = (),
+    outlier_norms: dict[int, float] | None = None,
 ) -> dict[tuple[int, float | None], list[dict]]:
-    """SAE-Bench sparse_probing of the saved SAEs {layer: {name: folder}}, {(layer, None): one
-    result per SAE}; and {(layer, alpha): what of_read_out() says of each} read out with every one
+    """SAE-Bench sparse_probing of the saved SAEs {layer: {name: folder}}, {(layer, None): of each
+    {"sae_bench": its result, "texts": L0 and FVU on the texts' tokens but those above the layer's
+    `outlier_norms`}}; and {(layer, alpha): what of_read_out() says of each} read out with every one
     of `alphas`.  An alpha that is an SAE's own is not scored twice: its result is the SAE's.
 
     A read-out is probed on the very texts that were drawn for its SAE, at scale.readout_k_values
@@ -338,7 +369,7 @@ def evaluate_probing(
         for sae in of_layer
     }
     readouts = {sae: list(by_alpha.values()) for sae, by_alpha in swapped.items()}
-    texts = ProbingTexts(scale, lm, artifacts, by_layer, readouts)
+    texts = ProbingTexts(scale, lm, artifacts, by_layer, readouts, outlier_norms)
     config = probing_config(scale, lm)
     with sae_bench(scale, lm, folder, texts=texts) as bench:
         found = bench.probing.run_eval(
@@ -352,7 +383,10 @@ def evaluate_probing(
     results = {}
     for layer, of_layer in saes.items():
         own = {id(sae): found[f"{name}_custom_sae"] for name, sae in of_layer.items()}
-        results[layer, None] = list(own.values())
+        results[layer, None] = [
+            {"sae_bench": result, "texts": texts.on_texts[sae].result()}
+            for sae, result in own.items()
+        ]
         for alpha in alphas:
             results[layer, alpha] = [
                 texts.of_read_out(swapped[sae][alpha]) if alpha in swapped[sae] else result

@@ -103,9 +103,9 @@ def layer_results(
     return {
         **entry(values, alone),
         "per_letter": letters,
-        **probing_details(scale.k_values, probing),
+        **probing_details(scale.k_values, [found["sae_bench"] for found in probing]),
         "sae_bench": {
-            "sparse_probing": [without_times(p) for p in probing],
+            "sparse_probing": [without_times(p["sae_bench"]) for p in probing],
             "absorption": [without_times(a["sae_bench"]) for a in absorption],
         },
     }

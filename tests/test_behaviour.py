@@ -349,7 +349,7 @@ def test_the_log_has_a_line_per_step_with_a_number_per_seed(finished, scale):
             assert r["loss"][s] == pytest.approx(
                 r["mse"][s] + r["lambda"][s] * r["l1"][s], rel=1e-5
             )
-    for key in ("online_absorption_fraction", "l0_average"):
+    for key in ("online_absorption_fraction", "l0_heldout"):
         measured = [r["step"] for r in records if r[key] is not None]
         assert measured == [0, 5, 10, 15, 19]
     assert all(len(r["online_absorption_full"]) == 2 for r in records if r["step"] in measured)

@@ -237,7 +237,7 @@ def test_evaluation_leaves_the_saved_saes_untouched(evaluated):
 
 def test_the_json_files_hold_what_is_returned(evaluated, trained):
     for name, pair in zip(trained.saved, evaluated.scores, strict=True):
-        returned = {"sparse_probing": pair[0], "absorption": pair[1]["sae_bench"]}
+        returned = {"sparse_probing": pair[0]["sae_bench"], "absorption": pair[1]["sae_bench"]}
         for kind, its in returned.items():
             path = evaluated.cwd / "eval" / kind / f"{name}_custom_sae_eval_results.json"
             on_disk = json.loads(path.read_text())

@@ -397,11 +397,11 @@ def test_a_loss_that_is_not_finite_stops_with_step_layer_seed_and_values(keeper,
 
 
 def test_a_record_is_settled_into_plain_numbers_without_changing_it():
-    own = record(3) | {"alpha": [0.1, 0.2], "l0_average": None, "own": torch.tensor([[7], [9]])}
+    own = record(3) | {"alpha": [0.1, 0.2], "l0_heldout": None, "own": torch.tensor([[7], [9]])}
     found, second = settled([own, record(4)])
     assert json.loads(json.dumps(found)) == found
     assert list(found) == list(own)
-    assert (found["loss"], found["alpha"], found["l0_average"]) == ([0.25, 0.5], [0.1, 0.2], None)
+    assert (found["loss"], found["alpha"], found["l0_heldout"]) == ([0.25, 0.5], [0.1, 0.2], None)
     assert found["own"] == [[7], [9]], "whole numbers stay whole, whatever their shape"
     assert second == settled([record(4)])[0]
     assert isinstance(own["loss"], torch.Tensor)

@@ -38,7 +38,10 @@ def parts(evaluated, monkeypatch) -> SimpleNamespace:
     probing, absorption = zip(*evaluated.scores, strict=True)
     found = SimpleNamespace(
         probing=Stub(
-            lambda *a: {(1, None): list(probing)} | {(1, x): list(probing)[::-1] for x in a[-1]}
+            lambda *a: (
+                {(1, None): list(probing)}
+                | {(1, x): [result["sae_bench"] for result in probing[::-1]] for x in a[-2]}
+            )
         ),
         absorption=Stub(lambda *_: list(absorption)),
         fidelity=Stub(HeldOut),

@@ -219,7 +219,7 @@ def test_each_seed_is_compared_with_every_other_one():
 
 
 def probing(top_1: tuple[float, float], top_2: tuple[float, float], **more) -> dict:
-    """SAE-Bench's sparse-probing result, as far as it is used, of tasks "code" and "news"."""
+    """Of tasks "code" and "news", as evaluate_probing() has it, as far as it is used."""
     details = [
         {
             "dataset_name": f"{task}_results",
@@ -239,7 +239,8 @@ def probing(top_1: tuple[float, float], top_2: tuple[float, float], **more) -> d
         "llm_top_2_test_accuracy": 0.7,
     }
     metrics = {"sae": sae, "llm": llm}
-    return {"eval_result_metrics": metrics, "eval_result_details": details, **more}
+    its = {"eval_result_metrics": metrics, "eval_result_details": details, **more}
+    return {"sae_bench": its, "texts": {"l0_on_texts": 50.0, "fvu_on_texts": 0.3}}
 
 
 def absorption(full: dict[str, float], fraction: dict[str, float], **more) -> dict:
@@ -264,6 +265,8 @@ def absorption(full: dict[str, float], fraction: dict[str, float], **more) -> di
 def test_probing_metrics_are_sae_benchs_numbers_under_our_names():
     found = probing_metrics(probing((0.6, 0.8), (0.7, 0.9)), (1, 2))
     assert found == {
+        "l0_on_texts": 50.0,
+        "fvu_on_texts": 0.3,
         "probing_top_1": pytest.approx(0.7),
         "probing_top_2": pytest.approx(0.8),
         "lm_top_1": 0.6,

@@ -8,11 +8,12 @@ import pytest
 import torch
 from sae_bench.evals.sparse_probing.probe_training import train_probe_on_activations as AS_IT_COMES
 from safetensors.torch import load_file
+from tiny import randn
 
 import lab.probing
 from lab import quick_probing
 from lab.language_model import LanguageModel
-from lab.probing import MeanByText, ProbingTexts, evaluate_probing, latents_held
+from lab.probing import MeanByText, OnTexts, ProbingTexts, evaluate_probing, latents_held
 from lab.process import ExperimentError
 from lab.results import without_times
 from lab.saved_sae import load_sae, read_out
@@ -172,8 +173,9 @@ def test_several_read_outs_are_scored_in_one_evaluation(evaluated, trained, tmp_
     alphas = (0.0, alpha, 1.0)
     found = evaluate_probing(trained.scale, trained.lm, {1: trained.saved}, folder, alphas)
     assert list(found) == [(1, None), (1, 0.0), (1, alpha), (1, 1.0)]
-    own, cosine, again, linear = ([without_times(r) for r in rs] for rs in found.values())
-    assert own == again == [probing for probing, _ in evaluated.scores]
+    its = {(1, None): [result["sae_bench"] for result in found[1, None]]}
+    own, cosine, again, linear = map(list, (map(without_times, r) for r in (found | its).values()))
+    assert own == again == [probing["sae_bench"] for probing, _ in evaluated.scores]
     assert cosine != linear
     scored = {f"sae_top_{k}_test_accuracy" for k in trained.scale.readout_k_values}
     for result in (*cosine, *linear):
@@ -182,6 +184,34 @@ def test_several_read_outs_are_scored_in_one_evaluation(evaluated, trained, tmp_
         assert all(set(task) == scored | {"dataset_name"} for task in result["eval_result_details"])
     names = {path.name.removesuffix("_custom_sae_eval_results.json") for path in folder.iterdir()}
     assert names == set(trained.saved), "SAE-Bench's files are of whole evaluations"
+
+
+def test_l0_and_fvu_on_the_texts_are_those_of_the_tokens_one_by_one(trained):
+    """In two parts, as they come; outliers are the evaluation's to leave out."""
+    sae, x = load_sae(next(iter(trained.saved.values()))), 20 * randn(9, trained.lm.d_in) + 3
+    found = OnTexts()
+    for some in (x[:2], x[2:]):
+        found.add(sae, some, sae.encode(some))
+    fired = sum(int((sae.encode(row[None]) > 0).sum()) for row in x)
+    error = sum(((row - sae(row[None])[0]) ** 2).sum() for row in x)
+    spread = ((x - x.mean(0)) ** 2).sum()
+    assert found.result()["l0_on_texts"] == pytest.approx(fired / 9)
+    assert found.result()["fvu_on_texts"] == pytest.approx((error / spread).item(), rel=1e-4)
+
+
+def test_one_token_in_so_many_is_reconstructed_and_no_outlier(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(lab.probing, "EVERY", 2)
+    sae, seen = load_sae(next(iter(trained.saved.values()))), []
+    rows = torch.arange(8.0)[:, None, None].expand(8, 1, trained.lm.d_in)
+    texts = ProbingTexts(
+        trained.scale, trained.lm, tmp_path, {1: [sae]}, None, {1: 4.5 * trained.lm.d_in**0.5}
+    )
+    texts._kept_rows = lambda handle: (1, iter([(torch.zeros(8, dtype=torch.long), rows)]))
+    monkeypatch.setattr(OnTexts, "add", lambda self, sae, x, f: seen.append((x, f)))
+    texts.mean_latents({"class": "1/some"}, sae, 5)
+    ((x, f),) = seen
+    assert x[:, 0].tolist() == [0.0, 2.0, 4.0]
+    assert torch.equal(f, sae.encode(x))
 
 
 class FullReadOuts(ProbingTexts):

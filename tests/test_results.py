@@ -143,7 +143,9 @@ def test_the_results_of_a_layer_keep_what_paired_comparisons_need():
     bench = found["sae_bench"]
     assert [p["kept"] for p in bench["sparse_probing"]] == [0, 1, 2]
     assert all(not TIMES.keys() & p.keys() for kind in bench.values() for p in kind)
-    assert TIMES.keys() <= arguments["probing"][0].keys(), "the argument is left as it was"
+    assert TIMES.keys() <= arguments["probing"][0]["sae_bench"].keys(), (
+        "the argument is left as it was"
+    )
     assert json.loads(json_text(found)) == found
 
 
@@ -194,7 +196,7 @@ def test_a_single_seed_has_means_but_no_errors_and_no_agreement():
 
 
 def test_a_read_out_check_has_the_probing_metrics_of_every_seed():
-    found = readout_results(scale(3), made_up()["probing"])
+    found = readout_results(scale(3), [p["sae_bench"] for p in made_up()["probing"]])
     assert found["final_info_dict"]["probing_top_1"] == pytest.approx([0.7, 0.75, 0.8])
     assert found["means"]["probing_top_1"] == 0.75
     assert found["stderrs"]["probing_top_1"] == 0.02887  # 0.05 / sqrt(3)
@@ -203,7 +205,7 @@ def test_a_read_out_check_has_the_probing_metrics_of_every_seed():
 
 def test_a_read_out_check_does_not_repeat_what_the_main_entry_says():
     """The language model's own scores do not depend on the SAE."""
-    found = readout_results(scale(3), made_up()["probing"])
+    found = readout_results(scale(3), [p["sae_bench"] for p in made_up()["probing"]])
     main = layer_results(**made_up())
     for part in ("means", "stderrs", "final_info_dict"):
         assert {n for n in main[part] if n.startswith("lm_")} == {

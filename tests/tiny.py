@@ -411,7 +411,7 @@ def trained(model: Path, folder: Path) -> SimpleNamespace:
         lm = load_language_model(scale)
         heldout, first_document = heldout_contexts(scale, lm)
         log = TrainingLog(folder / "training_log.jsonl", "run", {})
-        parts = experiment.begun(scale, recipe, run, lm, first_document, Ranks(), None)
+        parts = experiment.begun(scale, recipe, run, lm, heldout, first_document, Ranks(), None)
         checkpoints = Checkpoints(folder / "checkpoint", {})
         experiment.train(scale, *parts, Keeper(log, checkpoints, stop, Ranks(), seconds=1e9))
         settings = {"run": asdict(run), "recipe": asdict(recipe)}
@@ -437,7 +437,8 @@ def scores(trained, saved: dict[str, Path], folder: Path) -> list[tuple]:
     absorption = evaluate_absorption(*both, 1, saved, folder / "absorption")
     assert list(probing) == [(1, None)]
     absorption = [a | {"sae_bench": without_times(a["sae_bench"])} for a in absorption]
-    return list(zip(map(without_times, probing[1, None]), absorption, strict=True))
+    probing = [p | {"sae_bench": without_times(p["sae_bench"])} for p in probing[1, None]]
+    return list(zip(probing, absorption, strict=True))
 
 
 def package_files() -> dict[str, tuple[int, int]]:
