@@ -136,7 +136,7 @@ class Recipe:
     decay_fraction: float = 0.2  # last part of training, learning rate falling linearly to 0
     gate_init: float = 0.2  # one constant for every latent of every arm
     initial_l0_fraction: float = 0.5  # of the latents: what fires at initialisation
-    tightening_fraction: float = 0.3  # first part of training: L0 falls from there to its target
+    tightening_fraction: float = 0.5  # first part of training: L0 falls from there to its target
     initial_lambda: float = 0.04
     ema_horizon_fraction: float = 0.01  # of the steps; decay = alpha ** (1 / horizon)
 
@@ -214,10 +214,11 @@ def check_schedule(run: Run, points: int = 1001) -> None:
 
 
 def l0_target_at(scale: Scale, recipe: Recipe, progress: float, target_l0: float) -> float:
-    """The sparsity constraint: geometric, from the initial L0 to the one of the scale's targets."""
+    """The sparsity constraint: from the initial L0 to the one of the scale's targets, in log ever
+    more slowly: of a target that falls evenly and then stands, L0 falls on past it."""
     initial_l0 = recipe.initial_l0_fraction * scale.d_sae
-    way = min(1.0, progress / recipe.tightening_fraction)
-    return initial_l0 * (target_l0 / initial_l0) ** way
+    left = 1.0 - min(1.0, progress / recipe.tightening_fraction)
+    return initial_l0 * (target_l0 / initial_l0) ** (1.0 - left**2)
 
 
 def learning_rate_factor(scale: Scale, recipe: Recipe, step: int) -> float:
@@ -482,20 +483,18 @@ def next_lambda(
     lambda_S: torch.Tensor,
     error_S: torch.Tensor,
     change_S: torch.Tensor,
-    gain: float = 0.05,
-    ahead: float = 20.0,
-    limit: float = 0.1,
+    gain: float = 0.1,
+    ahead: float = 5.0,
 ) -> torch.Tensor:
     """One step of the controller that holds L0 at its target.
 
     `error_S` is how far L0 is off, log(L0 / target), and `change_S` by how much that changed in the
-    last step.  lambda follows the error to be expected `ahead` steps from now: weights answer to it
-    late, and by the error of the moment alone L0 falls a quarter below its target and comes back.
-    It moves by at most a factor e^limit a step.
+    last step.  lambda follows the error to be expected `ahead` steps from now, since weights answer
+    to it late; it moves by at most a factor e^gain a step.
     Of an activation that fixes L0 itself, at or below the target (TopK), lambda falls to its floor.
     """
-    move_S = gain * (error_S.clamp(-1, 1) + ahead * change_S)
-    return (lambda_S * move_S.clamp(-limit, limit).exp()).clamp(1e-6, 1e3)
+    expected_S = error_S.clamp(-0.5, 0.5) + ahead * change_S
+    return (lambda_S * (gain * expected_S.clamp(-1, 1)).exp()).clamp(1e-6, 1e3)
 
 
 def recent_best(best: float, absorption: float, leak: float = 0.5) -> float:
@@ -647,7 +646,7 @@ class Trainer:
             "dead": self.dead_fraction(forward.fired_SF),
             **self.measure_absorption(step, alphas, measure),
         }
-        self.control_sparsity(l0_S, on_device(targets, self.device), factor)
+        self.control_sparsity(l0_S, on_device(targets, self.device))
         self.steps_done += 1
         return record
 
@@ -695,18 +694,15 @@ class Trainer:
         return heldout_S
 
     def control_sparsity(
-        self, l0_S: torch.Tensor, target_S: torch.Tensor, factor: float, keep: float = 0.8
+        self, l0_S: torch.Tensor, target_S: torch.Tensor, keep: float = 0.9
     ) -> None:
-        """`factor`: that of the learning rate."""
         l0_S = l0_S * self.l0_ratio_S
         old = torch.where(self.smoothed_l0_S.isnan(), l0_S, self.smoothed_l0_S)
         self.smoothed_l0_S = keep * old + (1 - keep) * l0_S
         error_S = (self.smoothed_l0_S.clamp_min(1e-3) / target_S).log()
         change_S = (error_S - self.l0_error_S).nan_to_num(nan=0.0)
         self.l0_error_S = error_S
-        late = self.steps_done > self.recipe.warmup_steps  # only what falls at the end counts
-        gain = 0.05 / max(factor, 0.1) if late else 0.05
-        self.lambda_S = next_lambda(self.lambda_S, error_S, change_S, gain)
+        self.lambda_S = next_lambda(self.lambda_S, error_S, change_S)
 
     def measure_absorption(self, step: int, alphas: list[float], measure: bool) -> dict:
         """Online absorption, now and then; in an adaptive run it sets the pace."""

@@ -120,15 +120,16 @@ def factor(step: int, **changes) -> float:
     return experiment.learning_rate_factor(hundred_steps(), recipe, step)
 
 
-def test_l0_target_falls_geometrically_and_rests_at_the_target():
+def test_l0_target_falls_in_log_ever_more_slowly_and_rests_at_the_target():
     found = [l0_target(i / 8) for i in range(9)]
-    # 64 -> 4 over the first half: a factor 2 every eighth
-    assert found == pytest.approx([64, 32, 16, 8, 4, 4, 4, 4, 4])
+    # 64 -> 4 over the first half: 7, 5, 3 and 1 sixteenths of the way in log an eighth
+    factors = [16 ** (n / 16) for n in (0, 7, 12, 15, 16)]
+    assert found == pytest.approx([64 / f for f in factors] + [4] * 4)
     assert l0_target(0.0, initial_l0_fraction=0.25) == pytest.approx(16)
 
 
 def test_l0_target_is_the_target_from_tightening_fraction_on():
-    assert l0_target(0.29, tightening_fraction=0.3) > 4.2
+    assert l0_target(0.29, tightening_fraction=0.3) > 4.01
     assert l0_target(0.3, tightening_fraction=0.3) == pytest.approx(4.0)
     assert l0_target(1.0, tightening_fraction=0.3) == pytest.approx(4.0)
 
