@@ -60,7 +60,7 @@ from lab.saved_sae import save_saes
 from lab.scales import Scale, choose_scale, refuse_bad_numbers
 from lab.seeds import generators, seed_everything, seed_for, set_generators
 from lab.state import check_kept, check_outside, outside
-from lab.summary import print_summary
+from lab.summary import add_to_table, print_summary
 from lab.synthetic import load_world
 from lab.text import heldout_contexts
 from lab.training_log import TrainingLog
@@ -883,6 +883,7 @@ def execute(out_dir: Path, name: str, scale: Scale, ranks: Ranks, signals: Signa
         )
         config["language_model"] = lm.identity
         finish(out_dir, work, config, clock, results, scored)
+        add_to_table(out_dir, run.title, results, config, clock)
     print_summary(f"{name}, {run.title}", results, clock, config, out_dir.parent / CONTROL)
 
 

@@ -1,5 +1,8 @@
-"""What a finished run says last on stdout: its means, its differences to the control, its time."""
+"""What a finished run says last: on stdout its means, its differences to the control and its time,
+and a line of each of its entries in results.tsv, beside its folder."""
 
+import csv
+import io
 import json
 import math
 from pathlib import Path
@@ -39,6 +42,22 @@ def print_summary(title: str, results: dict, clock: Clock, config: dict, control
     for phase, seconds in clock.seconds.items():
         say(f"seconds {phase}: {seconds}")
     say(f"seconds total: {clock.total}")
+
+
+def add_to_table(out_dir: Path, title: str, results: dict, config: dict, clock: Clock) -> None:
+    """A line an entry in results.tsv beside the run's folder, whatever became of the runs before:
+    folders are deleted, and a loop wants to see what it has tried.  A missing value is empty."""
+    path, lines = out_dir.parent / "results.tsv", io.StringIO()
+    table = csv.writer(lines, delimiter="\t", lineterminator="\n")
+    if not path.exists():
+        about = "run", "title", "entry", "experiment", "laboratory"
+        table.writerow((*about, *COMPARED, "seconds"))
+    for name, entry in results.items():
+        about = out_dir.name, title, name, config["experiment"], config["laboratory"]
+        means = ("" if (v := entry["means"].get(m)) is None else f"{v:.4g}" for m in COMPARED)
+        table.writerow((*about, *means, f"{clock.total:.0f}"))
+    with path.open("a", encoding="utf-8") as file:  # in one write: runs may end side by side
+        file.write(lines.getvalue())
 
 
 def differences_to(control: Path, results: dict, config: dict) -> list[str]:

@@ -1,6 +1,7 @@
 """The printed summary: `key: value` lines, and differences to the control only where they mean
 something."""
 
+import csv
 import hashlib
 import json
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lab.process import Clock
-from lab.summary import differences_to, print_summary
+from lab.summary import COMPARED, add_to_table, differences_to, print_summary
 
 CONFIG = {
     "run_name": "run_1",
@@ -100,3 +101,20 @@ def test_the_summary_names_the_run_and_its_values_and_the_control_has_no_differe
     assert said[-1].startswith("seconds total: ")
     print_summary("run_7, control", results, Clock(), CONFIG | {"run_name": "run_7"}, control)
     assert "differences" not in capsys.readouterr().out
+
+
+def test_every_entry_of_every_finished_run_is_a_line_of_the_table_beside_it(tmp_path):
+    """A title may hold anything; what is missing is empty and not 0."""
+    clock, config = Clock(), CONFIG | {"experiment": "abc"}
+    results = {"tiny layer 1": entry([0.2]), "tiny layer 3": {"means": {"fvu": None, "l0": 35.96}}}
+    add_to_table(tmp_path / "run_1", 'a\ttab, a "quote"\nand a line', results, config, clock)
+    add_to_table(tmp_path / "run_2", "another", {"tiny layer 1": entry([0.3])}, config, clock)
+    with (tmp_path / "results.tsv").open(encoding="utf-8", newline="") as file:
+        head, first, second, third = csv.reader(file, delimiter="\t")
+    assert head == ["run", "title", "entry", "experiment", "laboratory", *COMPARED, "seconds"]
+    assert first[:5] == ["run_1", 'a\ttab, a "quote"\nand a line', "tiny layer 1", "abc", "ab"]
+    assert third[:3] == ["run_2", "another", "tiny layer 1"]
+    assert dict(zip(head, first, strict=True))["fvu"] == "0.25"
+    assert dict(zip(head, second, strict=True))["fvu"] == ""
+    assert dict(zip(head, second, strict=True))["l0"] == "35.96"
+    assert first[-1] == "0"
