@@ -101,7 +101,7 @@ GROUPS = {
         "absorption_full_sd_over_seeds": ("sd over seeds", "↓", "of full absorption"),
         "absorption_full_rank_correlation": ("agreement", "↑", "Spearman of two seeds' letters"),
         "absorption_main_fires": ("main fires", "↑", "share of words whose letter's latent fires"),
-        "absorption_absorbed": ("absorbed", "↓", "share: it is silent, one latent carries it"),
+        "absorption_absorbed": ("absorbed", "↓", "full absorption: it is silent, one carries it"),
         "absorption_lost": ("lost", "↓", "share: it is silent, and no latent carries it"),
         "absorption_gap": ("gap", "↓", "of a parent's latent, known world: alone less with child"),
         "parent_fires_alone": ("fires alone", "↑", "known world: it fires, its child being off"),
@@ -150,7 +150,7 @@ def known(arms: list[Arm], metrics: Iterable[str]) -> list[str]:
 CURVES = {
     "absorption_absorbed": ("l0", "fvu"),
     "absorption_gap": ("l0", "fvu"),
-    "absorption_full": ("l0", "fvu"),
+    "absorption_lost": ("l0",),
     "absorption_fraction": ("l0",),
     "fvu": ("l0",),
     "parent_cosine": ("l0",),
