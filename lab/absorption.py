@@ -7,7 +7,7 @@ import torch
 from lab.bench import evaluation_key, sae_bench
 from lab.language_model import LanguageModel
 from lab.process import require, say
-from lab.quick_absorption import shares_of_words
+from lab.quick_absorption import AbsorptionOfWords, shares_of_words
 from lab.quick_k_sparse import F1_JUMP
 from lab.saved_sae import load_sae
 from lab.scales import Scale
@@ -77,17 +77,23 @@ def absorption_config(scale: Scale, lm: LanguageModel):
 
 
 def evaluate_absorption(
-    scale: Scale, lm: LanguageModel, layer: int, saved: dict[str, Path], folder: Path
+    scale: Scale,
+    lm: LanguageModel,
+    layer: int,
+    saved: dict[str, Path],
+    folder: Path,
+    of_words: AbsorptionOfWords | None = None,
 ) -> list[dict]:
     """Absorption of the saved SAEs: {"sae_bench": its own result, "words": what becomes of words of
     the letters that it scores}, both None where the model knows too few letters for it.
 
-    SAE-Bench's JSON files land in `folder`.
+    SAE-Bench's JSON files land in `folder`.  `of_words`: who is asked for the words, and may keep
+    more of them than is scored.
     """
     lm = lm.reading_in(getattr(torch, scale.evaluation_dtype))
     probes, config = first_letter_probes(scale, lm, layer), absorption_config(scale, lm)
     saes = [(name, load_sae(path).to(lm.device)) for name, path in saved.items()]
-    with sae_bench(scale, lm, folder, probes) as bench:
+    with sae_bench(scale, lm, folder, probes, of_words=of_words) as bench:
         found = bench.absorption.run_eval(
             config, saes, str(lm.device), str(bench.folder), force_rerun=True
         )

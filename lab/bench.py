@@ -142,13 +142,15 @@ def sae_bench(
     folder: Path | None = None,
     probes: Path | None = None,
     texts=None,
+    of_words: quick_absorption.AbsorptionOfWords | None = None,
 ) -> Iterator[SimpleNamespace]:
     """SAE-Bench's modules with our model, folders, seeds, tasks and vocabulary around them.
 
     Every substitution is made here and undone on leaving; so are the generators, the gradient mode
     and the working folder, which SAE-Bench writes into.  Its results go to `folder`, what it prints
     to sae_bench.log beside that; without `folder`, both are thrown away.  With `texts`
-    (ProbingTexts) sparse probing asks that for means instead of keeping every token's residuals.
+    (ProbingTexts) sparse probing asks that for means instead of keeping every token's residuals;
+    `of_words` is asked for the absorption of words.
 
     Seeds are set again before every step that draws: whether an earlier step came from a cache must
     not change the scores.
@@ -214,7 +216,7 @@ def sae_bench(
         # The same words for every SAE of a layer.
         once = cache(common.load_probe_data_split_or_train)
         substitute(k_sparse_probing, load_probe_data_split_or_train=once)
-        words_of_layer = quick_absorption.AbsorptionOfWords()
+        words_of_layer = of_words or quick_absorption.AbsorptionOfWords()
         substitute(
             feature_absorption,
             calculate_projection_and_cos_sims=words_of_layer.calculate_projection_and_cos_sims,

@@ -192,6 +192,16 @@ class LanguageModel:
         targets = tokens_BL[:, 1:].flatten()
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets).item()
 
+    @torch.no_grad()
+    def logits_of(self, rows_ND: torch.Tensor) -> torch.Tensor:
+        """What directions of the residual stream [N, D] do to the logits [N, vocabulary] by
+        themselves: each through the final norm and the unembedding, less what they make of 0."""
+        nothing = torch.zeros_like(rows_ND[:1])
+        rows = torch.cat([rows_ND, nothing]).to(self.device, self.dtype)
+        normed = self._norm(rows)
+        unembedding = self.model.get_output_embeddings().weight
+        return torch.nn.functional.linear(normed[:-1] - normed[-1], unembedding).float()
+
     def is_special(self, tokens: torch.Tensor) -> torch.Tensor:
         """BOS, EOS and padding, of which some may be the same: not trained on, not scored."""
         t = self.tokenizer
