@@ -110,7 +110,6 @@
     for (const { counts } of all) for (const name in total) total[name] += counts[name];
     const taken = { letter: 0, part: 0, other: 0, unknown: 0 };
     for (const letter of all) for (const a of letter.absorbers) taken[kind(a)] += a.words;
-    const of = (n) => `${n} (${percent(n / Math.max(1, total.absorbed))})`;
     const go = (href) => ({ click: (e) => { if (!e.target.closest("a")) location.hash = href; } });
     const rows = all.map((letter) => h("tr", { class: "go", on: go(at(layer, "letter", letter.letter)) },
       h("td", {}, letterLink(layer, letter.letter)),
@@ -131,7 +130,14 @@
       h("p", { class: "soft" }, `${sae.sae}: layer ${layer} of ${about.model}, ${sae.d_sae} latents, L0 ${number(sae.l0, 1)} and ${percent(sae.dead)} dead on ${sae.tokens} held-out tokens. ${latents.size} latents are shown.`),
       all.length ? [
         h("p", { class: "lead" }, `The first-letter probes find ${total.words} words of ${all.length} letters. On ${percent(total.fires / total.words)} of them a main latent of their letter fires, ${percent(total.absorbed / total.words)} are absorbed, ${percent(total.lost / total.words)} are lost.`),
-        h("p", {}, `Who took the ${total.absorbed} absorbed words: of ${of(taken.letter)} a latent that itself follows the letter (it fires on half of the letter's words or more, and at most half as often on the others), which SAE-Bench's sparse probe did not name as a main one; of ${of(taken.part)} a latent of a part of the letter (15 to 50%); of ${of(taken.other)} a latent of something else, which is what absorption is meant to find${taken.unknown ? `; of ${taken.unknown} one that is not shown` : ""}.`),
+        h("h2", {}, `Who took the ${total.absorbed} absorbed words`),
+        h("table", { id: "taken" }, h("tbody", {}, [
+          ["letter", "a latent that itself follows the letter: it fires on half of the letter's words or more, and at most half as often on the others. SAE-Bench's sparse probe named another main latent"],
+          ["part", "a latent of a part of the letter: on 15 to 50% of its words, and at most half as often on the others"],
+          ["other", "a latent of something else, with the letter in its decoder row: what absorption is meant to find"],
+          ["unknown", "a latent that is not among those shown"],
+        ].filter(([what]) => what !== "unknown" || taken.unknown).map(([what, says]) => h("tr", {}, h("td", { class: "n" }, h("strong", {}, taken[what])), h("td", { class: "n" }, percent(taken[what] / Math.max(1, total.absorbed))), h("td", {}, says))))),
+        h("h2", {}, "Letter by letter"),
         legend(),
         h("div", { class: "wide" }, h("table", { id: "letters" },
           h("thead", {}, h("tr", {}, ["", "words", "n", "absorbed", "lost", "main latents", "absorbing latents"].map((t) => h("th", {}, t)))),
@@ -161,14 +167,17 @@
     });
   }
 
-  // The word to begin with: taken by a latent of something else than the letter, and by much.
+  // The word to begin with: taken by a latent of something else than the letter, and one whose
+  // projection is no accident.
   function instructive(letter) {
     let best = order(letter)[0], most = -1;
+    const high = Math.max(1e-6, ...letter.words.map((word) => word.projection));
     letter.words.forEach((word, i) => {
       if (word.fate !== "absorbed") return;
       const narrow = { other: 20, part: 10, letter: 0, unknown: 0 }[kind(ofAbsorber(letter, absorber(word)))];
-      const share = Math.min(1.2, word.carried[0][2] / word.projection);
-      if (narrow + share > most) [best, most] = [i, narrow + share];
+      const share = word.carried[0][2] / word.projection;
+      const worth = narrow + (share <= 1.1 ? 5 : 0) + word.projection / high;
+      if (worth > most) [best, most] = [i, worth];
     });
     return best;
   }
@@ -236,18 +245,18 @@
     const mains = [letter.main.length === 1 ? "The main latent " : "The main latents ", names.map((n, k) => [k ? ", " : "", n])];
     const firing = letter.words.map((_, k) => k).filter((k) => letter.words[k].fate === "fires");
     const usual = firing.length ? [` ${letter.main.length === 1 ? "fires" : "fire"} on ${letter.counts.fires} of ${letter.counts.words} ${L}-words and ${letter.main.length === 1 ? "carries" : "carry"} ${number(mean(firing.map((k) => letter.words[k].main)), 1)} there on average`] : [` never ${letter.main.length === 1 ? "fires" : "fire"} on ${L}-words`];
-    const start = h("p", {}, "In a prompt that asks for its first letter, the residual of ", token(w.word), ` projects ${number(w.projection, 1)} onto the probe of ${L}: the model knows the letter. `);
+    const start = h("p", {}, "In a prompt that asks for its first letter, the residual of ", token(w.word), ` projects ${number(w.projection, 1)} onto the probe of ${L}, and the probe finds the letter in it. `);
     const parts = [start];
     let show = null;
     if (w.fate === "absorbed") {
       const [id, act, part] = w.carried[0], a = ofAbsorber(letter, id), line = latents.get(id);
       show = id;
-      start.append(...[mains, usual, firing.length ? "; here " : " and "].flat(Infinity), `${letter.main.length === 1 ? "it is" : "they are"} silent. Instead `, link(layer, id), ` is active at ${number(act, 1)}. Its decoder row has cosine ${number(part / act)} with the probe, so by itself it writes ${number(part, 1)} of the letter, ${percent(part / w.projection)} of the projection: at 40% SAE-Bench calls the word absorbed.`);
+      start.append(...[mains, usual, firing.length ? "; here " : " and "].flat(Infinity), `${letter.main.length === 1 ? "it is" : "they are"} silent. Instead `, link(layer, id), ` is active at ${number(act, 1)}. Its decoder row has cosine ${number(part / act)} with the probe, so by itself it writes ${number(part, 1)} of the letter, ${percent(part / w.projection)} of the projection: from 40% on SAE-Bench calls the word absorbed.${part > 1.5 * w.projection ? " So much more than all of it says little: the parts below nearly cancel, and the projection is small." : ""}`);
       const mine = `${letter.main.map((m) => `${percent(m.on)} and ${percent(m.off)}`).join("; ")}`;
       const most = line && line.fires ? [" It fires most on ", peaks(line, 5), "in ordinary text"] : [" It does not fire in the held-out text"];
       parts.push({
-        letter: () => h("p", { class: "verdict own" }, h("strong", {}, "A latent of the letter took it. "), link(layer, id), ` ${rates(letter, a)} (main: ${mine}): it says ${L} itself, and the sparse probe named another latent for it.`, most, ". SAE-Bench counts the word; its letter did not hide in a latent of its own."),
-        part: () => h("p", { class: "verdict own" }, h("strong", {}, "A latent of a part of the letter took it. "), link(layer, id), ` ${rates(letter, a)} (main: ${mine}): it says some of the ${L}-words, as where a feature is split.`, most, "."),
+        letter: () => h("p", { class: "verdict own" }, h("strong", {}, "A latent of the letter took it. "), link(layer, id), ` ${rates(letter, a)} (${letter.main.length === 1 ? "the main latent" : "the main ones"}: ${mine}): it says ${L} itself, and the sparse probe named another latent for it.`, most, ". SAE-Bench counts the word; its letter did not hide in a latent of its own."),
+        part: () => h("p", { class: "verdict own" }, h("strong", {}, "A latent of a part of the letter took it. "), link(layer, id), ` ${rates(letter, a)} (${letter.main.length === 1 ? "the main latent" : "the main ones"}: ${mine}): it says some of the ${L}-words, as where a feature is split.`, most, "."),
         other: () => h("p", { class: "verdict" }, h("strong", {}, "A latent of something else took it. "), link(layer, id), ` ${rates(letter, a)}: it does not say ${L}.`, most, `. Its decoder row has the letter in it, so the reconstruction spells ${L} without a latent of ${L}: absorption.`),
         unknown: () => h("p", { class: "verdict" }, link(layer, id), " is not among the latents shown."),
       }[kind(a)]());
@@ -386,8 +395,13 @@
     document.title = `${about.run}: ${view === "letter" ? upper(name) : view === "latent" ? "latent " + name : "latents"}`;
     const nav = document.getElementById("layers");
     nav.replaceChildren(...[...layers.keys()].map((l) => h("a", { href: at(l), "aria-current": l === layer ? "page" : null }, `layer ${l}`)));
-    if (same) document.querySelector("#picture").parentNode.scrollLeft = scrolled;
-    else { window.scrollTo(0, 0); if (document.activeElement !== search) main.focus({ preventScroll: true }); }
+    const drawing = document.querySelector("#picture"), chosen = drawing && drawing.querySelector("[aria-current]");
+    if (same) drawing.parentNode.scrollLeft = scrolled;
+    if (chosen) {
+      const [box, bar] = [drawing.parentNode.getBoundingClientRect(), chosen.getBoundingClientRect()];
+      if (bar.left < box.left || bar.right > box.right) drawing.parentNode.scrollLeft += bar.left - box.left - box.width / 2;
+    }
+    if (!same) { window.scrollTo(0, 0); if (document.activeElement !== search) main.focus({ preventScroll: true }); }
   }
 
   function move(by) {
