@@ -48,6 +48,7 @@ from lab.activations import ActivationStream, Calibration, harvest
 from lab.checkpoints import Checkpoints, Keeper
 from lab.devices import Ranks, on_device, training_device
 from lab.evaluation import check_all, evaluate, prepare
+from lab.features import write_features
 from lab.folders import begin, chosen_run, finish, is_finished
 from lab.ground_truth import evaluate_truth, online_truth
 from lab.hub import is_offline, stay_offline
@@ -881,6 +882,7 @@ def execute(out_dir: Path, name: str, scale: Scale, ranks: Ranks, signals: Signa
         results, scored = score(
             scale, run.readout_alphas, lm, units, saved, heldout, log.records, work.folder, clock
         )
+        write_features(scored.parent, name, run.title, scale, lm, units, saved, heldout, clock)
         config["language_model"] = lm.identity
         finish(out_dir, work, config, clock, results, scored)
         add_to_table(out_dir, run.title, results, config, clock)

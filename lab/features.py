@@ -18,6 +18,7 @@ from lab.absorption import evaluate_absorption, first_letter_probes
 from lab.activations import Calibration, harvest
 from lab.features_page import page
 from lab.fidelity import HeldOut
+from lab.folders import FEATURES
 from lab.language_model import LanguageModel
 from lab.probing import MeanByText, probing_artifacts
 from lab.process import Clock
@@ -27,7 +28,6 @@ from lab.seeds import seed_for
 from lab.storage import write_atomically
 from lab.word_by_word import WordsSeen, add_rates, on_words, short
 
-FILES = ("features.jsonl", "features.html")
 AT_RANDOM = 30
 MOST_LATENTS, MOST_WORDS = 900, 360  # of all layers together; of a letter's, the same
 BINS, EXAMPLES, FROM_THE_MIDDLE, BEFORE, AFTER = 24, 8, 3, 14, 8
@@ -54,8 +54,8 @@ def write_features(
     about |= {"heldout": list(heldout_NL.shape), "n_seeds": scale.n_seeds}
     about |= {"tasks": list(scale.tasks), "absorption_words": scale.absorption_words}
     lines = [about, *feature_lines(scale, lm, units, saved, heldout_NL)]
-    write_atomically(folder / FILES[0], "".join(f"{json_line(line)}\n" for line in lines))
-    write_atomically(folder / FILES[1], page(lines))
+    write_atomically(folder / FEATURES[0], "".join(f"{json_line(line)}\n" for line in lines))
+    write_atomically(folder / FEATURES[1], page(lines))
     clock.lap("features")
 
 
@@ -113,11 +113,12 @@ def scored_letters(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "absorption"
         (found,) = evaluate_absorption(scale, lm, layer, {name: path}, folder, seen)
-    scored = {detail["first_letter"] for detail in found["eval_result_details"]} if found else {}
+    details = (found["sae_bench"] or {"eval_result_details": []})["eval_result_details"]
+    scored = sorted(detail["first_letter"] for detail in details)
     f1 = load_file(first_letter_probes(scale, lm, layer) / "probe.safetensors")["f1"].tolist()
     return [
         {"letter": letter, "f1": short(f1[ascii_lowercase.index(letter)]), **seen.letters[letter]}
-        for letter in sorted(scored)
+        for letter in scored
     ]
 
 

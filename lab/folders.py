@@ -18,7 +18,8 @@ from lab.storage import file_sha256, json_text, versions, write_atomically
 from lab.work import Work, remove_work
 
 PACKAGES = ("torch", "transformers", "datasets", "sae-lens", "sae-bench", "sae-probes", "numpy")
-WRITTEN = ("training_log.jsonl", "sae", "eval")  # between config.json and final_info.json
+FEATURES = ("features.jsonl", "features.html")  # of a run on a language model
+WRITTEN = ("training_log.jsonl", "sae", "eval", *FEATURES)  # between config and final_info.json
 CODE = ("experiment", "laboratory")  # fingerprints
 
 
@@ -143,6 +144,7 @@ def begin(out_dir: Path, identity: dict, script: str, derived: dict) -> dict:
 def written_files(out_dir: Path) -> Iterator[Path]:
     """What stays as it is once a run is finished, but for its configuration and its results."""
     yield from (out_dir / name for name in ("experiment.py", "training_log.jsonl"))
+    yield from (out_dir / name for name in FEATURES if (out_dir / name).is_file())
     for name in ("sae", "eval"):
         yield from filter(Path.is_file, (out_dir / name).rglob("*"))
 
@@ -152,9 +154,9 @@ def finish(
 ) -> None:
     """Put everything into the run's folder, final_info.json last, and let go of the work.
 
-    `evaluated`: the folder of SAE-Bench's own files.
+    `evaluated`: the folder of SAE-Bench's own files; beside it lie those of FEATURES, if any.
     """
-    sources = {
+    sources = {name: evaluated.parent / name for name in FEATURES} | {
         "training_log.jsonl": work.folder / "training_log.jsonl",
         "sae": work.folder / "sae",
         "eval": evaluated,

@@ -291,6 +291,7 @@ def test_a_run_writes_the_files_of_the_contract_and_no_others(finished, scale):
     names = [f"run_1_{seed}_{digest[:12]}" for seed, digest in sums.items()]
     end = "_custom_sae_eval_results.json"
     expected = {"final_info.json", "config.json", "experiment.py", "training_log.jsonl"}
+    expected |= {"features.jsonl", "features.html"}
     expected |= {
         f"sae/{seed}/{file}"
         for seed in seeds

@@ -230,7 +230,7 @@ from unittest import mock
 
 sys.path[:0] = [{script!r}, {root!r}]
 import experiment
-import lab.absorption, lab.evaluation, lab.scales
+import lab.absorption, lab.evaluation, lab.features, lab.scales
 
 evaluate_absorption = lab.absorption.evaluate_absorption
 
@@ -241,14 +241,14 @@ def with_few_k(*args):
         return evaluate_absorption(*args)
 
 if {few_k!r}:
-    lab.evaluation.evaluate_absorption = with_few_k
+    lab.evaluation.evaluate_absorption = lab.features.evaluate_absorption = with_few_k
 
 def nothing_scored(scale, alphas, lm, units, saved, heldout, records, work, clock):
     (work / "eval").mkdir(exist_ok=True)
     return {{}}, work / "eval"
 
 if {quick!r}:
-    experiment.evaluate = nothing_scored
+    experiment.evaluate, experiment.write_features = nothing_scored, lambda *_: None
     lab.evaluation.probing_artifacts = lambda *_: lab.storage.cache_root()
 lists = json.loads({scale!r})
 values = {{k: tuple(v) if isinstance(v, list) else v for k, v in lists.items()}}
