@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 from lab.drawing import Figure, draw
 from lab.frontier import at_middle, by_layer
@@ -126,8 +127,20 @@ def configuration_html(arm: Arm) -> str:
     return tag("details", summary + tag("pre", html.escape(text))) if arm.config else ""
 
 
-def page(sections: list[Section], definitions: Table) -> str:
-    body = tag("h1", TITLE) + tag("p", LEGEND)
+def features_html(sections: list[Section], folder: Path) -> str:
+    """Links to the features.html of the runs in `folder`, where one lies there."""
+    runs = dict.fromkeys(arm.name for section in sections for arm in section.arms)
+    pages = {run: f"{run}/features.html" for run in runs}
+    links = [
+        tag("a", html.escape(run), f' href="{quote(path)}"')
+        for run, path in pages.items()
+        if (folder / path).is_file()
+    ]
+    return tag("p", f"What the latents of a run mean: {', '.join(links)}.") if links else ""
+
+
+def page(sections: list[Section], definitions: Table, links: str = "") -> str:
+    body = tag("h1", TITLE) + tag("p", LEGEND) + links
     body += "".join(as_html(table) for section in sections for table in section.decided)
     for key, figures, tables, _, arms in sections:
         body += tag("h2", html.escape(key))
@@ -161,5 +174,6 @@ def write(folder: Path, sections: list[Section], definitions: Table) -> str:
             write_atomically(folder / f"{figure.name}.{suffix}", content)
     text = summary(sections, definitions)
     write_atomically(folder / "summary.md", text.encode())
-    write_atomically(folder / "report.html", page(sections, definitions).encode())
+    report = page(sections, definitions, features_html(sections, folder))
+    write_atomically(folder / "report.html", report.encode())
     return text
