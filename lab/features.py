@@ -20,7 +20,7 @@ from lab.features_page import page
 from lab.fidelity import HeldOut
 from lab.folders import FEATURES
 from lab.language_model import LanguageModel
-from lab.probing import MeanByText, probing_artifacts
+from lab.probing import MeanByText, in_cache, probing_artifacts
 from lab.process import Clock
 from lab.saved_sae import load_sae
 from lab.scales import Scale
@@ -190,7 +190,7 @@ def text_means(scale: Scale, lm: LanguageModel, layer: int, path: Path, sae) -> 
         n, owners = len(tokens), (~lm.is_special(tokens)).nonzero()[:, 0]
         rows = harvest(lm, tokens, scale.lm_batch)[:, at]
     mean = MeanByText(n, sae.cfg.d_sae, lm.device)
-    for owner, x in zip(owners.split(4096), rows.split(4096), strict=True):
+    for owner, x in in_cache(zip(owners.split(4096), rows.split(4096), strict=True)):
         mean.add(owner.to(lm.device), sae.encode(x.to(lm.device)))
     return mean.result().cpu()
 
@@ -236,7 +236,7 @@ class Corpus:
     def __init__(self, sae, held: HeldOut, chosen: list[int]):
         scored_N, x_ND = held.scored_NL.flatten(), held.residuals_NLD.flatten(0, 1)
         fired_F, acts = torch.zeros(sae.cfg.d_sae, device=x_ND.device), []
-        for x, scored in zip(x_ND.split(4096), scored_N.split(4096), strict=True):
+        for scored, x in in_cache(zip(scored_N.split(4096), x_ND.split(4096), strict=True)):
             f = sae.encode(x)
             fired_F += (f[scored] > 0).sum(0)
             acts.append(f[:, chosen].masked_fill(~scored[:, None], torch.nan).cpu())
@@ -317,7 +317,7 @@ def promoted(lm: LanguageModel, rows_CD: torch.Tensor, pieces: Pieces) -> list[d
 def nearest(W_dec: torch.Tensor, chosen: list[int]) -> list[dict]:
     """{"nearest": [[latent, cosine]] by decoder rows, which are unit}, of each."""
     cos_CF = W_dec[chosen] @ W_dec.T
-    cos_CF[torch.arange(len(chosen)), chosen] = -2
+    cos_CF.scatter_(1, torch.tensor(chosen, device=cos_CF.device)[:, None], -2)  # not itself
     top = cos_CF.topk(min(NEAREST, len(W_dec) - 1))
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return [{"nearest": [[i, short(c)] for i, c in zip(*p, strict=True)]} for p in pairs]
