@@ -167,6 +167,12 @@
     });
   }
 
+  // Latents that follow the letter, or a part of it, and carry some of a word beside the first.
+  const rivals = (letter, word) => word.carried.slice(1).filter(([id]) => {
+    const a = ofAbsorber(letter, id);
+    return a && ["letter", "part"].includes(kind(a));
+  });
+
   // The word to begin with: taken by a latent of something else than the letter, and one whose
   // projection is no accident.
   function instructive(letter) {
@@ -176,7 +182,8 @@
       if (word.fate !== "absorbed") return;
       const narrow = { other: 20, part: 10, letter: 0, unknown: 0 }[kind(ofAbsorber(letter, absorber(word)))];
       const share = word.carried[0][2] / word.projection;
-      const worth = narrow + (share <= 1.1 ? 5 : 0) + word.projection / high;
+      const alone = rivals(letter, word).length === 0;
+      const worth = narrow + (share <= 1.1 ? 5 : 0) + (alone ? 3 : 0) + word.projection / high;
       if (worth > most) [best, most] = [i, worth];
     });
     return best;
@@ -246,26 +253,27 @@
     const firing = letter.words.map((_, k) => k).filter((k) => letter.words[k].fate === "fires");
     const usual = firing.length ? [` ${letter.main.length === 1 ? "fires" : "fire"} on ${letter.counts.fires} of ${letter.counts.words} ${L}-words and ${letter.main.length === 1 ? "carries" : "carry"} ${number(mean(firing.map((k) => letter.words[k].main)), 1)} there on average`] : [` never ${letter.main.length === 1 ? "fires" : "fire"} on ${L}-words`];
     const start = h("p", {}, "In a prompt that asks for its first letter, the residual of ", token(w.word), ` projects ${number(w.projection, 1)} onto the probe of ${L}, and the probe finds the letter in it. `);
-    const parts = [start];
+    const parts = [start], tell = (...told) => fill(start, {}, told);
     let show = null;
     if (w.fate === "absorbed") {
       const [id, act, part] = w.carried[0], a = ofAbsorber(letter, id), line = latents.get(id);
       show = id;
-      start.append(...[mains, usual, firing.length ? "; here " : " and "].flat(Infinity), `${letter.main.length === 1 ? "it is" : "they are"} silent. Instead `, link(layer, id), ` is active at ${number(act, 1)}. Its decoder row has cosine ${number(part / act)} with the probe, so by itself it writes ${number(part, 1)} of the letter, ${percent(part / w.projection)} of the projection: from 40% on SAE-Bench calls the word absorbed.${part > 1.5 * w.projection ? " So much more than all of it says little: the parts below nearly cancel, and the projection is small." : ""}`);
+      tell([mains, usual, firing.length ? `; here ${letter.main.length === 1 ? "it is" : "they are"} silent` : ", nor here"], ". Instead ", link(layer, id), ` is active at ${number(act, 1)}. Its decoder row has cosine ${number(part / act)} with the probe, so by itself it writes ${number(part, 1)} of the letter, ${percent(part / w.projection)} of the projection: from 40% on SAE-Bench calls the word absorbed.${part > 1.5 * w.projection ? " So much more than all of it says little: the parts below nearly cancel, and the projection is small." : ""}`);
       const mine = `${letter.main.map((m) => `${percent(m.on)} and ${percent(m.off)}`).join("; ")}`;
       const most = line && line.fires ? [" It fires most on ", peaks(line, 5), "in ordinary text"] : [" It does not fire in the held-out text"];
       parts.push({
         letter: () => h("p", { class: "verdict own" }, h("strong", {}, "A latent of the letter took it. "), link(layer, id), ` ${rates(letter, a)} (${letter.main.length === 1 ? "the main latent" : "the main ones"}: ${mine}): it says ${L} itself, and the sparse probe named another latent for it.`, most, ". SAE-Bench counts the word; its letter did not hide in a latent of its own."),
         part: () => h("p", { class: "verdict own" }, h("strong", {}, "A latent of a part of the letter took it. "), link(layer, id), ` ${rates(letter, a)} (${letter.main.length === 1 ? "the main latent" : "the main ones"}: ${mine}): it says some of the ${L}-words, as where a feature is split.`, most, "."),
-        other: () => h("p", { class: "verdict" }, h("strong", {}, "A latent of something else took it. "), link(layer, id), ` ${rates(letter, a)}: it does not say ${L}.`, most, `. Its decoder row has the letter in it, so the reconstruction spells ${L} without a latent of ${L}: absorption.`),
+        other: () => h("p", { class: "verdict" }, h("strong", {}, "A latent of something else took it. "), link(layer, id), ` ${rates(letter, a)}: it does not say ${L}.`, most, `. Its decoder row has the letter in it, and where it fires the letter comes along: absorption.`,
+          rivals(letter, w).length ? [" Beside it ", rivals(letter, w).map(([other, , p], k) => [k ? ", " : "", link(layer, other), ` carries ${number(p, 1)}`]), `, which ${rivals(letter, w).length === 1 ? "follows" : "follow"} ${L}: not all of the letter hides.`] : ` No latent that follows ${L} is among those that carry most.`),
         unknown: () => h("p", { class: "verdict" }, link(layer, id), " is not among the latents shown."),
       }[kind(a)]());
     } else if (w.fate === "lost") {
-      start.append(...[mains, usual, firing.length ? "; here " : " and "].flat(Infinity), `${letter.main.length === 1 ? "it is" : "they are"} silent, and no other latent carries 40%: `, w.carried.length ? [link(layer, w.carried[0][0]), ` comes first with ${percent(w.carried[0][2] / w.projection)}.`] : "none is aligned with the probe.");
-      start.append(` The SAE leaves ${number(w.error, 1)} out.`);
+      tell([mains, usual, firing.length ? `; here ${letter.main.length === 1 ? "it is" : "they are"} silent` : ", nor here"], `, and no other latent carries 40%: `, w.carried.length ? [link(layer, w.carried[0][0]), ` comes first with ${percent(w.carried[0][2] / w.projection)}.`] : "none is aligned with the probe.");
+      tell(` The SAE leaves ${number(w.error, 1)} out.`);
       show = w.carried.length ? w.carried[0][0] : null;
     } else {
-      start.append(...[mains, ` ${letter.main.length === 1 ? "carries" : "carry"} ${number(w.main, 1)} of it (${percent(w.main / w.projection)}). SAE-Bench's absorption fraction of the word is ${number(w.fraction)}.`].flat(Infinity));
+      tell([mains, ` ${letter.main.length === 1 ? "carries" : "carry"} ${number(w.main, 1)} of it (${percent(w.main / w.projection)}). SAE-Bench's absorption fraction of the word is ${number(w.fraction)}.`]);
       show = w.carried.length && w.carried[0][2] > w.main ? w.carried[0][0] : letter.main[0].latent;
     }
     const beside = firing.filter((k) => k !== i).sort((a, b) => Math.abs(letter.words[a].projection - w.projection) - Math.abs(letter.words[b].projection - w.projection))[0];

@@ -282,6 +282,23 @@ def test_in_a_browser_the_sums_of_a_word_are_drawn_to_scale(opened):
 
 
 @pytest.mark.browser
+def test_in_a_browser_every_fate_of_a_word_is_told(opened):
+    told = {
+        "s/0": "The main latent #30 carries 2.0 of it (36%).",
+        "s/1": "The main latent #30 fires on 1 of 3 S-words and carries 2.0 there on average; "
+        "here it is silent. Instead #31 is active at 10.0. Its decoder row has cosine 0.30 with "
+        "the probe, so by itself it writes 3.0 of the letter, 86% of the projection",
+        "s/2": "here it is silent, and no other latent carries 40%: #2000 comes first with 86%.",
+    }
+    for place, sentence in told.items():
+        opened.value(f"location.hash = '#/8/letter/{place}'")
+        opened.wait(f"location.hash.endsWith({place!r}) && document.querySelector('#explained')")
+        said = opened.value("document.querySelector('#explained').textContent")
+        assert sentence in said
+        assert not [bad for bad in ("file:", "[object", "undefined", "NaN") if bad in said], said
+
+
+@pytest.mark.browser
 def test_in_a_browser_search_finds_by_number_token_and_word(opened):
     def hits(query: str) -> list[str]:
         opened.value(
