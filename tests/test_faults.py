@@ -358,7 +358,8 @@ def test_a_disk_that_is_full_at_any_kind_of_file_is_one_clear_sentence_and_no_lo
     (tmp_path / "run_1").symlink_to("disk")
     places = ["/.lock", "config.json", "disk/.experiment.py", "probe.pth", "training/", "identity",
               "residuals.safetensors", "training_log.jsonl", "/partial", "sae_weights",
-              "fidelity", "probing/", "prompts", "disk/training_log.jsonl", "disk/sae/layer",
+              "fidelity", "probing/", "prompts", "features.jsonl", "features.html",
+              "disk/features.html", "disk/training_log.jsonl", "disk/sae/layer",
               "disk/eval/", "final_info.json"]  # fmt: skip
     patch = NO_ROOM.format(places=places, root=str(tmp_path))
     arguments = {"scale": scale, "cache": tmp_path / "cache", "cwd": tmp_path}
