@@ -13,7 +13,6 @@ import pytest
 from browser import chromium
 from made_up_runs import LAPTOP, draw, records, usual_entry, write_run
 
-import lab.features_page
 from lab.features_page import LAB, LIMIT, in_script, page
 
 HOSTILE = (
@@ -211,12 +210,6 @@ def test_the_report_links_the_pages_that_lie_beside_the_runs(tmp_path):
         (tmp_path / name / "features.html").unlink()
     assert draw(tmp_path).returncode == 0
     assert "features.html" not in (tmp_path / "report.html").read_text("utf-8")
-
-
-def test_the_program_that_makes_the_page_is_no_part_of_the_laboratorys_fingerprint():
-    from lab.identity import SHOWING
-
-    assert lab.features_page.__name__.removeprefix("lab.") in SHOWING
 
 
 # ── In a browser ────────────────────────────────────────────────────────────────────────────────
