@@ -7,9 +7,8 @@ scores them with SAE-Bench.  A run is a row of the table RUNS; the machine picks
     python plot.py                          # compare all runs found in the current folder
 
 What to expect on two CPU cores (scale "laptop": SmolLM2-135M layer 8, 2,304 latents, 3 seeds): the
-first run takes about 10 minutes with all one-time preparation (less where the cores have bfloat16
-matrix units), later ones under 4.  The control, run_7, ends near L0 = 36 with FVU < 0.25, and its
-best latents probe better than the model's best channels.
+first run takes about 10 minutes with all one-time preparation, later ones under 4.  The control,
+run_7, ends near L0 = 36 with FVU < 0.25; its best latents probe better than the model's channels.
 
 A token's activation x is seen through a blend of two scores, alpha moving it from cosine to linear:
 
@@ -25,7 +24,7 @@ model, the text, the scores, the files.  All that an SAE uses is a parameter or 
 follows from its run and recipe: optimiser, average, checkpoint, saving and loading follow by
 themselves, every score goes through encode() and decode() below, and after training each saved SAE
 is loaded afresh and must compute what was trained.  A folder belongs to the code that began it:
-what is finished stays as it is, and an edited script wants another folder, or that one deleted.
+an edited script wants another folder, or that one deleted.
 
 Shape letters: S seeds (each once for every target L0), B tokens of a batch, N tokens or words,
 L positions, D d_in, F d_sae latents
@@ -882,7 +881,7 @@ def execute(out_dir: Path, name: str, scale: Scale, ranks: Ranks, signals: Signa
         results, scored = score(
             scale, run.readout_alphas, lm, units, saved, heldout, log.records, work.folder, clock
         )
-        write_features(scored.parent, name, run.title, scale, lm, units, saved, heldout, clock)
+        write_features(scored, config, scale, lm, units, saved, heldout, clock)
         config["language_model"] = lm.identity
         finish(out_dir, work, config, clock, results, scored)
         add_to_table(out_dir, run.title, results, config, clock)

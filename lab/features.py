@@ -36,9 +36,8 @@ TEXTS = 64  # of a class, where the residuals of probing texts are not kept
 
 
 def write_features(
-    folder: Path,
-    name: str,
-    title: str,
+    evaluated: Path,
+    config: dict,
     scale: Scale,
     lm: LanguageModel,
     units: dict[int, Calibration],
@@ -46,10 +45,12 @@ def write_features(
     heldout_NL: torch.Tensor,
     clock: Clock,
 ) -> None:
-    """features.jsonl and features.html in `folder`, from the saved SAEs {layer: {name: folder}},
-    names by target and seed.  Of a world with known features, which has no words, nothing."""
+    """features.jsonl and features.html beside the folder `evaluated` of a run's configuration, from
+    its saved SAEs {layer: {name: folder}}, names by target and seed.  Of a world with known
+    features, which has no words, nothing."""
     if scale.world:
         return
+    folder, name, title = evaluated.parent, config["run_name"], config["run"]["title"]
     about = {"kind": "about", "run": name, "title": title, "scale": scale.name, "model": lm.name}
     about |= {"heldout": list(heldout_NL.shape), "n_seeds": scale.n_seeds}
     about |= {"tasks": list(scale.tasks), "absorption_words": scale.absorption_words}

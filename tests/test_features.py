@@ -36,7 +36,8 @@ def written(trained, evaluated, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COSINE_SAE_CACHE", str(evaluated.cache))
         arguments = {1: trained.trainer.units}, {1: trained.saved}, trained.heldout, Clock()
-        write_features(folder, "run_1", "a title", trained.scale, trained.lm, *arguments)
+        config = {"run_name": "run_1", "run": {"title": "a title"}}
+        write_features(folder / "eval", config, trained.scale, trained.lm, *arguments)
         norm, batch = trained.trainer.units.outlier_norm, trained.scale.lm_batch
         held = HeldOut(trained.lm, trained.heldout, 1, norm, batch)
         artifacts = probing_artifacts(
@@ -345,7 +346,7 @@ def test_the_page_shows_the_lines_of_the_file(written):
 
 
 def test_a_world_writes_nothing(tmp_path):
-    write_features(tmp_path, "run_1", "", tiny.tiny_world(), None, {}, {}, torch.zeros(1), Clock())
+    write_features(tmp_path / "eval", {}, tiny.tiny_world(), None, {}, {}, torch.zeros(1), Clock())
     assert not list(tmp_path.iterdir())
 
 
