@@ -331,19 +331,14 @@ class Forward(NamedTuple):
 class BlendedSAE(torch.nn.Module):
     """The SAEs of one layer, stacked, in training units (E||x - b_dec||^2 = 1 at the start).
 
-    x_c = x - b_dec      r = ||x_c||      c_i = cos(x_c, w_i)      w_i = column i of W_enc
-    z_i = gate_i [ (1 - alpha) c_i + alpha x_c . w_i ] + b_enc_i
-    f   = ReLU(z)        x_hat = f @ W_dec + b_dec                 rows of W_dec have unit norm
-
     W_enc [S, D, F]  W_dec [S, F, D]  b_enc, gate [S, F]  b_dec [S, D]
 
     Every parameter has the seeds first (a buffer that has not belongs to all of them).  A saved SAE
     is one of these with a single seed, built from the same run and recipe.
 
-    With norm_restored f = r ReLU(z) at alpha = 0: a linear encoder whose bias grows with the
-    token's norm.  It tells "cosine decides what fires" from "latents cannot see the norm", which a
-    cosine encoder does at once (a variant of "Size Doesn't Matter: Cosine-Scored SAEs", arXiv
-    2606.15054).
+    With norm_restored f = r ReLU(z) at alpha = 0, a linear encoder whose bias grows with the
+    token's norm: it tells "cosine decides what fires" from "latents cannot see the norm" (a variant
+    of "Size Doesn't Matter: Cosine-Scored SAEs", arXiv 2606.15054).
     """
 
     def __init__(
