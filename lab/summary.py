@@ -1,5 +1,7 @@
-"""What a finished run says last: on stdout its means, its differences to the control and its time,
-and a line of each of its entries in results.tsv, beside its folder."""
+"""What a finished run says last: its means, its differences to the control, its time.
+
+All of it on stdout, and a line of each of its entries in results.tsv, beside its folder.
+"""
 
 import csv
 import io

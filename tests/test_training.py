@@ -60,7 +60,7 @@ def batches() -> list[torch.Tensor]:
 def fresh_trainer(name: str) -> Trainer:
     units = calibrate(torch.cat(batches()), Ranks())
     trainer = Trainer(SCALE, OURS, experiment.RUNS[name], 12, units, Ranks())
-    trainer.online = online_absorption()
+    trainer.online, trainer.heldout_ND = online_absorption(), torch.cat(batches())[:50]
     trainer.sae.b_enc.data[:, 0] = -100.0  # a latent that never fires
     return trainer
 
@@ -159,7 +159,7 @@ def test_the_state_of_a_trainer_is_not_at_rest_anywhere():
 
     tensors = {name for name, value in before.items() if isinstance(value, torch.Tensor)}
     at_rest = {name.removeprefix("layer_12/") for name in tensors if not moved(name)}
-    assert at_rest == {"units/1"}, "the units"
+    assert at_rest == {"units/1", "heldout_ND"}, "the units, and what is measured on"
     new = {n.removeprefix("layer_12/optimizer/") for n in after.keys() - before.keys()}
     moments = ("step", "exp_avg", "exp_avg_sq", "type")
     expected = {f"state/{i}/{what}" for i in range(5) for what in moments}
@@ -305,8 +305,8 @@ def test_a_run_stopped_by_a_signal_in_a_step_goes_on_as_if_it_never_had(
 def test_a_run_stopped_at_any_moment_of_reading_goes_on_as_if_it_never_had(text, tmp_path, signals):
     whole = Execution(tmp_path / "whole").train(signals)
     begun_at = []
-    # A block is 4 passes; one that is begun has to be read again.
-    for stops_at in (5, 10, 9, 7, None):
+    # A block is 4 passes, held-out rows one; a block that is begun has to be read again.
+    for stops_at in (6, 11, 10, 8, None):
 
         def one_pass(n: int, stops_at: int | None = stops_at) -> None:
             if n == stops_at:
