@@ -1,3 +1,15 @@
+# /// script
+# requires-python = ">=3.11,<3.13"
+# dependencies = [  # requirements.txt; pip fetches the language model
+#   "torch==2.13.0", "transformers==5.23.0", "datasets==3.6.0", "tokenizers==0.23.3",
+#   "safetensors==0.8.0", "gguf==0.19.0", "sae-lens==6.54.12", "sae-bench==0.6.0",
+#   "sae-probes==0.4.2", "transformer-lens==3.9.0", "beartype==0.14.1", "jaxtyping==0.3.3",
+#   "numpy==1.26.4", "pyarrow==25.0.1", "scipy==1.17.1", "pandas==2.3.3", "zstandard==0.25.0",
+#   "scikit-learn==1.9.1", "matplotlib==3.11.2", "tqdm==4.70.1", "pip",
+# ]
+# [tool.uv]
+# override-dependencies = ["torchvision; python_version < '3'"]  # none: sae-bench never uses it
+# ///
 """Do sparse autoencoders get better when their encoder starts as cosine similarity?
 
 Trains sparse autoencoders (SAEs) on a language model's residual stream, several seeds at once, and
@@ -66,9 +78,9 @@ from lab.text import heldout_contexts
 from lab.training_log import TrainingLog
 from lab.work import Work, training_identity
 
-# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Runs and recipes: EDIT HERE.  A new idea is a new row of RUNS.                                 │
-# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌────────────────────────────────────────────────────────────────────┐
+# │ Runs and recipes: EDIT HERE.  A new idea is a new row of RUNS.     │
+# └────────────────────────────────────────────────────────────────────┘
 
 
 @dataclass(frozen=True)
@@ -152,9 +164,9 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Alpha schedules: pure functions of progress in [0, 1]                                          │
-# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌────────────────────────────────────────────────────────────────────┐
+# │ Alpha schedules: pure functions of progress in [0, 1]              │
+# └────────────────────────────────────────────────────────────────────┘
 
 
 def linear(progress: float) -> float:
@@ -229,9 +241,9 @@ def learning_rate_factor(scale: Scale, recipe: Recipe, step: int) -> float:
     return min(warm, left)
 
 
-# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ The sparse autoencoder                                                                         │
-# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌────────────────────────────────────────────────────────────────────┐
+# │ The sparse autoencoder                                             │
+# └────────────────────────────────────────────────────────────────────┘
 
 
 class BlendedScores(torch.autograd.Function):
@@ -420,9 +432,9 @@ class BlendedSAE(torch.nn.Module):
         self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-8))
 
 
-# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ EMA and constraint                                                                             │
-# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌────────────────────────────────────────────────────────────────────┐
+# │ EMA and constraint                                                 │
+# └────────────────────────────────────────────────────────────────────┘
 
 
 def ema_horizon(scale: Scale, recipe: Recipe) -> float:
@@ -521,9 +533,9 @@ def paced_progress(done: float, rate: float, progress: float, elapsed: float) ->
     return min(1.0, max(done + rate * elapsed, 2.0 * progress - 1.0))
 
 
-# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Training                                                                                       │
-# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌────────────────────────────────────────────────────────────────────┐
+# │ Training                                                           │
+# └────────────────────────────────────────────────────────────────────┘
 
 
 class Trainer:
@@ -797,9 +809,9 @@ def begun(
     return trainers, stream
 
 
-# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ main                                                                                           │
-# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌────────────────────────────────────────────────────────────────────┐
+# │ main                                                               │
+# └────────────────────────────────────────────────────────────────────┘
 
 
 def build_sae(d_in: int, d_sae: int, run: dict, recipe: dict) -> BlendedSAE:

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11,<3.13"
+# dependencies = ["numpy==1.26.4", "scipy==1.17.1", "matplotlib==3.11.2"]
+# ///
 """Compare runs: figures, tables and one self-contained report.
 
     python plot.py          # compares the folders run_* of the current folder
@@ -54,9 +58,9 @@ from lab.runs import (
 )
 from lab.tables import definitions, titled
 
-# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Labels                                                                                         │
-# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌────────────────────────────────────────────────────────────────────┐
+# │ Labels                                                             │
+# └────────────────────────────────────────────────────────────────────┘
 
 # CREATE LEGEND -- ADD RUNS HERE THAT WILL BE PLOTTED
 # "run_i": its label, or (its label, the title of the row of RUNS that the label was written for):
@@ -79,9 +83,9 @@ labels = {
 }
 BASELINE, CONTROL = "run_0", "run_7"
 
-# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Metrics                                                                                        │
-# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌────────────────────────────────────────────────────────────────────┐
+# │ Metrics                                                            │
+# └────────────────────────────────────────────────────────────────────┘
 
 KS = (1, 2, 5, 10, 20, 50)
 # Group -> name in final_info.json -> title, arrow (the better direction), definition.
@@ -142,9 +146,9 @@ def known(arms: list[Arm], metrics: Iterable[str]) -> list[str]:
     return [m for m in metrics if any(math.isfinite(arm.value(m)[0]) for arm in arms)]
 
 
-# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Figures: the name of each is its file's, the docstring its caption                             │
-# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌────────────────────────────────────────────────────────────────────┐
+# │ Figures: the name of each is its file's, the docstring its caption │
+# └────────────────────────────────────────────────────────────────────┘
 
 # Score -> what it is drawn against, over all target L0s; each is read off at equal L0 and FVU.
 CURVES = {
@@ -327,9 +331,9 @@ FIGURES = (training_curves, schedules, online_absorption, absorption_letters, wo
 FIGURES += (probing, tradeoff, readout)
 
 
-# ┌────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ main                                                                                           │
-# └────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌────────────────────────────────────────────────────────────────────┐
+# │ main                                                               │
+# └────────────────────────────────────────────────────────────────────┘
 
 
 def load(folder: Path) -> dict[str, list[Arm]]:

@@ -2,11 +2,15 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
+import test_rooms
 from made_up_runs import LAPTOP, draw, records, usual_entry, write_run
+from packaging.requirements import Requirement
 from tiny import ROOT, run_script, tiny_scale
 
 from lab.process import ExperimentError, file_lock
@@ -66,11 +70,12 @@ def test_a_python_or_system_that_cannot_run_this_is_told_before_any_package_is_i
     assert line.startswith("error: ") and sentence in line
 
 
-def test_the_project_names_the_pythons_that_its_pins_have_wheels_for():
-    import tomllib
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["requires-python"] == ">=3.11,<3.13"
+
+def test_the_project_names_the_pythons_that_its_pins_have_wheels_for():
+    assert project()["requires-python"] == ">=3.11,<3.13"
 
 
 @pytest.mark.parametrize("first", ["sae_lens", "experiment"])
@@ -80,6 +85,42 @@ def test_what_the_readme_imports_can_be_imported_in_either_order(first):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {first}; import {other}; "
     code += "experiment.register_with_sae_lens()"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+# ── The packages, said three times ──────────────────────────────────────────────────────────────
+
+PINNED = {
+    line.partition("==")[0]: line.partition("#")[0].strip()
+    for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    if "==" in line
+}
+
+
+def inline_metadata(script: str) -> dict:
+    """What `uv run` reads at a script's head: found as PEP 723 says, which gives the pattern."""
+    text = (ROOT / script).read_text(encoding="utf-8")
+    pattern = r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$"
+    (block,) = (found for found in re.finditer(pattern, text) if found["type"] == "script")
+    lines = (line.removeprefix("#").removeprefix(" ") for line in block["content"].splitlines())
+    return tomllib.loads("\n".join(lines))
+
+
+def test_uv_gives_the_experiment_what_pip_does():
+    """All but the tests' own; and pip, with which the language model is fetched."""
+    found = inline_metadata("experiment.py")
+    wanted = [pin for name, pin in PINNED.items() if name not in ("pytest", "ruff")]
+    assert found["dependencies"] == [*wanted, "pip"]
+    assert found["requires-python"] == project()["requires-python"]
+    (left_out,) = found["tool"]["uv"]["override-dependencies"]
+    requirement = Requirement(left_out)
+    assert requirement.name == "torchvision" and not requirement.marker.evaluate()
+
+
+def test_uv_gives_the_figures_what_pip_does():
+    found = inline_metadata("plot.py")
+    outside = {name.partition(".")[0] for name in test_rooms.reached("plot")}
+    assert found["dependencies"] == [PINNED[name] for name in PINNED if name in outside]
+    assert found["requires-python"] == project()["requires-python"]
 
 
 # ── Terminals ───────────────────────────────────────────────────────────────────────────────────
