@@ -36,7 +36,7 @@ SLACK = 2.0
 LAUNCH = 10e-6  # seconds of the host for an operator of PyTorch that is not compiled
 OPERATORS = 182  # of a training step of run_1, counted on the pretend GPU (run_7: 99)
 
-# ── Gemma-2-2B (its config.json; background of the counts in the README) ─────────────────────────
+# ── Gemma-2-2B (its config.json; background of the counts in docs/scales.md) ──────────────────────
 D, HIDDEN, HEADS, KEYS, HEAD, VOCABULARY = 2304, 9216, 8, 4, 256, 256_000
 BLOCK_PARAMETERS = 2 * D * HEADS * HEAD + 2 * D * KEYS * HEAD + 3 * D * HIDDEN
 MODEL_BYTES = 5.2e9

@@ -623,7 +623,7 @@ def test_memory_and_open_files_stay_flat_over_five_thousand_steps(scale, cache, 
     assert max(pages) / pages[0] - 1 < 0.02, pages
     assert max(files) <= files[0], files
     log = (tmp_path / "run_1" / "training_log.jsonl").stat().st_size
-    assert log / 5_000 < 1_200, "bytes a step, as README has it"
+    assert log / 5_000 < 1_200, "bytes a step, as docs/survival.md has it"
 
 
 # ── Kills ───────────────────────────────────────────────────────────────────────────────────────
