@@ -12,7 +12,16 @@ from pathlib import Path
 
 LAB = Path(__file__).resolve().parent
 # Rooms that only show what runs wrote: no number of a run depends on them.
-SHOWING = ("comparison", "drawing", "features_page", "report", "runs", "summary")
+SHOWING = (
+    "comparison",
+    "drawing",
+    "features_page",
+    "frontier",
+    "report",
+    "runs",
+    "summary",
+    "tables",
+)
 # These keep things and say things, and make none of them.
 PLUMBING = ("process", "devices", "storage", "identity")
 TABLES = ("RUNS", "RECIPES", "SCALES")  # their rows are values, and values stand in config.json

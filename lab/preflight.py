@@ -225,7 +225,10 @@ def gpu_needs(scale: Scale, model: ModelNeeds, n_readouts: int = 0) -> dict[str,
     places = ROW_BYTES + scale.n_seeds * PLACE_BYTES
     block = scale.block_contexts * scale.context_length * (layers * model.d_in * 2 + places)
     calibrating = 3 * COLUMNS / model.d_in / layers  # in bfloat16 and in float32
-    training = block * (1.1 + calibrating) + step
+    # A batch of every seed's own, and the held-out rows that L0 is measured on, in float32.
+    batch = scale.n_seeds * scale.batch_tokens * layers * model.d_in * 2
+    heldout = min(32, scale.heldout_contexts) * scale.context_length * layers * model.d_in * 4
+    training = block * (1.1 + calibrating) + step + batch + heldout
     logits = 8 * scale.context_length * model.vocabulary * (2 + 4 + 4)
     # The saved SAEs and their read-outs, and latents: sums over a class of probing texts for all of
     # them, or those of the words that one's first-letter probes are trained on, twice.
