@@ -300,7 +300,10 @@ def test_a_run_writes_the_files_of_the_contract_and_no_others(finished, scale):
     expected |= {f"eval/absorption/{name}{end}" for name in names}
     expected |= {f"eval/sparse_probing/{name}{end}" for name in names}
     assert written == expected | {"eval/sae_bench.log"}
-    assert not [p for p in finished.folder.parent.iterdir() if p != finished.folder]
+    beside = {p.name for p in finished.folder.parent.iterdir()} - {finished.folder.name}
+    assert beside == {"results.tsv"}
+    (line,) = (finished.folder.parent / "results.tsv").read_text().splitlines()[1:2]
+    assert line.split("\t")[:3] == ["run_1", config["run"]["title"], "tiny layer 1"]
 
 
 def test_the_snapshot_is_the_script_as_it_ran(finished):
@@ -635,7 +638,7 @@ def test_a_run_that_was_stopped_twice_ends_with_the_bytes_of_one_that_never_was(
     interrupted, finished
 ):
     assert tiny.tree(interrupted.folder).keys() == {
-        name.removeprefix("run_1/") for name in finished.files
+        name.removeprefix("run_1/") for name in finished.files if name != "results.tsv"
     }
     for path in ("final_info.json", "experiment.py", "sae/layer_1_seed_1/sae_weights.safetensors"):
         assert (interrupted.folder / path).read_bytes() == (finished.folder / path).read_bytes()
@@ -764,9 +767,9 @@ def test_a_run_that_was_begun_and_not_finished_leaves_no_trace_in_the_next(again
     assert len((again.folder / "training_log.jsonl").read_text().splitlines()) == 20
 
 
-def test_a_run_writes_into_its_folder_and_its_cache_only(again):
+def test_a_run_writes_into_its_folder_its_cache_and_the_table_beside_it_only(again):
     assert sorted(p.name for p in again.root.iterdir()) == ["cache", "sub folder"]
-    assert [p.name for p in again.folder.parent.iterdir()] == ["run_1"]
+    assert sorted(p.name for p in again.folder.parent.iterdir()) == ["results.tsv", "run_1"]
 
 
 def test_a_second_process_on_the_same_folder_stops_with_an_error(run, tmp_path):
