@@ -205,18 +205,18 @@ def named_points(ax, arms: list[Arm], x: str, y: str) -> None:
 
 def noise_bands(ax, control: Arm, metric: str) -> str:
     """Behind differences to the control: grey, the sd over its own seeds; hatched, how far the mean
-    of as many SAEs strays because the score itself is noisy, where that was measured.  Returns what
-    a caption must say of the latter."""
-    noise, n = sd(control.seeds(metric)), len(control.seeds(metric))
+    difference strays because the score itself is noisy, where that was measured: all seeds and both
+    runs are scored on the same texts, so more seeds make it no smaller.  Returns what a caption
+    must say of the latter."""
+    noise = sd(control.seeds(metric))
     if math.isfinite(noise):
         ax.axvspan(-noise, noise, color="0.9", lw=0, zorder=0)
     try:
-        half = 1.96 * float(control.entry[MEASURED_NOISE][metric]["sd_of_mean_over_tasks"])
+        half = 1.96 * float(control.entry[MEASURED_NOISE][metric]["sd_of_difference_of_means"])
     except (LookupError, TypeError, ValueError):
         return ""
-    if not (n and math.isfinite(half)):
+    if not math.isfinite(half):
         return ""
-    half /= math.sqrt(n)
     band = ax.axvspan(-half, half, fc="none", ec="0.7", hatch="////", lw=0, zorder=0.5)
     band.set_hatch_linewidth(0.4)
     return f"Hatched: ± {half:.2g}, 1.96 standard errors of the score itself ({MEASURED_NOISE})."

@@ -515,7 +515,7 @@ def test_the_words_of_a_run_are_a_bar_of_three_shares_and_the_first_has_its_erro
     assert "no value" in {text.get_text() for text in ax.texts}
 
 
-NOISE = {"sd_of_one_sae_one_task": 0.02, "sd_of_mean_over_tasks": 0.01, "sd_of_sd_over_tasks": 0.01}
+NOISE = {"sd_of_one_sae_one_task": 0.02, "sd_of_difference_of_means": 0.005}
 
 
 def probing_captions(folder) -> list:
@@ -532,7 +532,7 @@ def test_measured_noise_is_a_band_that_the_caption_names(tmp_path):
     figure = plot.probing(plot.load(tmp_path)[LAPTOP])
     (ax,) = figure.subfigs[2].axes
     own, measured = (p.get_bbox() for p in ax.patches)
-    assert (measured.x0, measured.x1) == pytest.approx((-0.0098, 0.0098))  # 1.96 * .01 / sqrt 4
+    assert (measured.x0, measured.x1) == pytest.approx((-0.0098, 0.0098))  # 1.96 * .005
     assert own.x1 == pytest.approx(np.std([0, 0.01, 0.02, 0.03], ddof=1))
     (after,) = probing_captions(tmp_path)
     named = "1.96 standard errors of the score itself (measure_noise.json)."
@@ -541,7 +541,7 @@ def test_measured_noise_is_a_band_that_the_caption_names(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[]", "{}", '{"probing_top_1": 3}', '{"probing_top_1": {"sd_of_mean_over_tasks": null}}'],
+    ["{", "[]", "{}", '{"probing_top_1": 3}', '{"probing_top_1": {"sd_of_difference_of_means": null}}'],
 )
 def test_what_is_no_measured_noise_changes_nothing(tmp_path, content):
     for name in ("run_7", "run_1"):
