@@ -541,7 +541,13 @@ def test_measured_noise_is_a_band_that_the_caption_names(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[]", "{}", '{"probing_top_1": 3}', '{"probing_top_1": {"sd_of_difference_of_means": null}}'],
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"probing_top_1": 3}',
+        '{"probing_top_1": {"sd_of_difference_of_means": null}}',
+    ],
 )
 def test_what_is_no_measured_noise_changes_nothing(tmp_path, content):
     for name in ("run_7", "run_1"):
