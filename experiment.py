@@ -5,7 +5,8 @@
 #   "safetensors==0.8.0", "gguf==0.19.0", "sae-lens==6.54.12", "sae-bench==0.6.0",
 #   "sae-probes==0.4.2", "transformer-lens==3.9.0", "beartype==0.14.1", "jaxtyping==0.3.3",
 #   "numpy==1.26.4", "pyarrow==25.0.1", "scipy==1.17.1", "pandas==2.3.3", "zstandard==0.25.0",
-#   "scikit-learn==1.9.1", "matplotlib==3.11.2", "tqdm==4.70.1", "pip",
+#   "scikit-learn==1.9.1", "matplotlib==3.11.2", "jinja2==3.1.6",
+#   "tqdm==4.70.1", "pip",
 # ]
 # [tool.uv]
 # override-dependencies = ["torchvision; python_version < '3'"]  # none: sae-bench never uses it

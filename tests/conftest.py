@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+# Two processes of tests share two cores, and what is tiny gains nothing from a second thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT, ROOT / "tests"):
     if str(folder) not in sys.path:

@@ -97,7 +97,7 @@ def test_each_of_the_two_commands_is_one_line_that_can_be_pasted():
     install = "python3 -m venv .venv && . .venv/bin/activate && pip install -q -r requirements.txt"
     install += " && pip uninstall -q -y torchvision && "
     assert command_below("the main job") == install + "python experiment.py --out_dir=run_1"
-    tests = "ruff check . && ruff format --check . && python -m pytest"
+    tests = "ruff check . && ruff format --check . && python -m pytest -n 2 --dist loadfile"
     assert command_below("the tests") == install + tests
 
 

@@ -108,7 +108,7 @@ def inline_metadata(script: str) -> dict:
 def test_uv_gives_the_experiment_what_pip_does():
     """All but the tests' own; and pip, with which the language model is fetched."""
     found = inline_metadata("experiment.py")
-    wanted = [pin for name, pin in PINNED.items() if name not in ("pytest", "ruff")]
+    wanted = [pin for name, pin in PINNED.items() if name not in ("pytest", "pytest-xdist", "ruff")]
     assert found["dependencies"] == [*wanted, "pip"]
     assert found["requires-python"] == project()["requires-python"]
     (left_out,) = found["tool"]["uv"]["override-dependencies"]
