@@ -75,7 +75,7 @@ from lab.seeds import generators, seed_everything, seed_for, set_generators
 from lab.state import check_kept, check_outside, outside
 from lab.summary import add_to_table, print_summary
 from lab.synthetic import load_world
-from lab.text import heldout_contexts
+from lab.text import WATCHED, heldout_contexts
 from lab.training_log import TrainingLog
 from lab.work import Work, training_identity
 
@@ -800,7 +800,7 @@ def begun(
             for layer, units in zip(scale.layers, stream.calibrations(), strict=True)
         ]
         seed_everything("training", scale.name)  # whoever draws without a generator of their own
-    some_NL = heldout_NL[:: max(1, len(heldout_NL) // 32)]  # from all of it
+    some_NL = heldout_NL[:: max(1, len(heldout_NL) // WATCHED)]  # from all of it
     heldout_NLD = harvest(lm, some_NL, scale.lm_batch)
     for i, trainer in enumerate(trainers):  # what belongs to this execution, not to the training
         trainer.scale, trainer.ranks, trainer.device = scale, ranks, training_device()

@@ -39,7 +39,6 @@ OPERATORS = 182  # of a training step of run_1, counted on the pretend GPU (run_
 # ── Gemma-2-2B (its config.json; background of the counts in docs/scales.md) ──────────────────────
 D, HIDDEN, HEADS, KEYS, HEAD, VOCABULARY = 2304, 9216, 8, 4, 256, 256_000
 BLOCK_PARAMETERS = 2 * D * HEADS * HEAD + 2 * D * KEYS * HEAD + 3 * D * HIDDEN
-MODEL_BYTES = 5.2e9
 # ── What SAE-Bench asks for ──────────────────────────────────────────────────────────────────────
 CLASSES, TEXTS_A_CLASS, TEXT_TOKENS = 36, 2500, 128  # the eight tasks at 4,000 + 1,000
 WORDS = 130_000  # alphabetic tokens of the vocabulary

@@ -52,7 +52,7 @@ class Kept(ProbesOnActivations):
 
 def means_of(saved: dict[str, Path], dtype: str) -> dict[tuple[str, str], tuple[Means, Means]]:
     """{(task, name of an SAE): mean latents of its training and test texts}."""
-    scale = replace(SCALES["laptop"], evaluation_dtype=dtype, k_values=(1,))
+    scale = replace(SCALES["laptop"], evaluation_dtype=dtype)
     lm, (layer,) = load_language_model(scale), scale.layers
     Kept.kept, Kept.d_sae, usual = [], scale.d_sae, lab.bench.quick_probing.ProbesOnActivations
     lab.bench.quick_probing.ProbesOnActivations = Kept

@@ -93,11 +93,11 @@ def evaluate_absorption(
     lm = lm.reading_in(getattr(torch, scale.evaluation_dtype))
     probes, config = first_letter_probes(scale, lm, layer), absorption_config(scale, lm)
     saes = [(name, load_sae(path).to(lm.device)) for name, path in saved.items()]
-    with sae_bench(scale, lm, folder, probes, of_words=of_words) as bench:
+    words = of_words or AbsorptionOfWords()
+    with sae_bench(scale, lm, folder, probes, of_words=words) as bench:
         found = bench.absorption.run_eval(
             config, saes, str(lm.device), str(bench.folder), force_rerun=True
         )
-        words = bench.words
     results = []
     for name, sae in saes:
         its, shares = found.get(f"{name}_custom_sae"), None

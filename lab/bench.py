@@ -150,7 +150,7 @@ def sae_bench(
     and the working folder, which SAE-Bench writes into.  Its results go to `folder`, what it prints
     to sae_bench.log beside that; without `folder`, both are thrown away.  With `texts`
     (ProbingTexts) sparse probing asks that for means instead of keeping every token's residuals;
-    `of_words` is asked for the absorption of words.
+    with `of_words` absorption asks that for the words of a layer.
 
     Seeds are set again before every step that draws: whether an earlier step came from a cache must
     not change the scores.
@@ -216,11 +216,9 @@ def sae_bench(
         # The same words for every SAE of a layer.
         once = cache(common.load_probe_data_split_or_train)
         substitute(k_sparse_probing, load_probe_data_split_or_train=once)
-        words_of_layer = of_words or quick_absorption.AbsorptionOfWords()
-        substitute(
-            feature_absorption,
-            calculate_projection_and_cos_sims=words_of_layer.calculate_projection_and_cos_sims,
-        )
+        if of_words:
+            found = of_words.calculate_projection_and_cos_sims
+            substitute(feature_absorption, calculate_projection_and_cos_sims=found)
         substitute(common, _parse_probe_data_split=quick_absorption._parse_probe_data_split)
         substitute(absorption_probing, DataLoader=quick_k_sparse.in_whole_batches)
         probes_of = quick_probing.ProbesOnActivations(probe_training.train_probe_on_activations)
@@ -256,12 +254,7 @@ def sae_bench(
         substitute(dataset_utils, get_multi_label_train_test_data=lru_cache(maxsize=1)(read))
         try:
             yield SimpleNamespace(
-                absorption=absorption,
-                probing=probing,
-                common=common,
-                model=model,
-                folder=folder,
-                words=words_of_layer,
+                absorption=absorption, probing=probing, common=common, model=model, folder=folder
             )
         finally:
             set_generators(before)

@@ -290,7 +290,7 @@ class Texts:
         acts = self.acts_NLC[n, first:last, i].tolist()
         return {
             "tokens": [self.pieces.text(token) for token in self.tokens[n][first:last]],
-            "acts": [None if a != a else float(f"{a:.3g}") for a in acts],
+            "acts": [None if a != a else short(a, 3) for a in acts],
             "at": at - first,
             "context": n,
         }
@@ -308,7 +308,7 @@ def promoted(lm: LanguageModel, rows_CD: torch.Tensor, pieces: Pieces) -> list[d
             up, up_tokens, down, down_tokens = values
             pairs = {"promoted": (up_tokens, up), "suppressed": (down_tokens, down)}
             found.append({
-                name: [[pieces.text(t), float(f"{x:.3g}")] for t, x in zip(*pair, strict=True)]
+                name: [[pieces.text(t), short(x, 3)] for t, x in zip(*pair, strict=True)]
                 for name, pair in pairs.items()
             })  # fmt: skip
     return found

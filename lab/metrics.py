@@ -94,29 +94,30 @@ def between_seeds(values: list, compare: Callable) -> list[float | None]:
     ]
 
 
+def _of_top_k(its: dict, k_values: tuple[int, ...]) -> dict[str, float]:
+    sae = its["eval_result_metrics"]["sae"]
+    return {f"probing_top_{k}": sae[f"sae_top_{k}_test_accuracy"] for k in k_values}
+
+
+def _sd_over_tasks(its: dict) -> dict[str, float | None]:
+    top_1 = [task["sae_top_1_test_accuracy"] for task in its["eval_result_details"]]
+    return {"probing_top_1_sd_over_tasks": sd_or_none(top_1)}
+
+
 def probing_metrics(found: dict, k_values: tuple[int, ...]) -> dict[str, float]:
     """One SAE's sparse-probing numbers, of evaluate_probing()."""
     its = found["sae_bench"]
     sae, llm = its["eval_result_metrics"]["sae"], its["eval_result_metrics"]["llm"]
-    top_1 = [task["sae_top_1_test_accuracy"] for task in its["eval_result_details"]]
-    metrics = {f"probing_top_{k}": sae[f"sae_top_{k}_test_accuracy"] for k in k_values}
+    metrics = _of_top_k(its, k_values)
     metrics |= {f"lm_top_{k}": llm[f"llm_top_{k}_test_accuracy"] for k in k_values}
     metrics["probing_all_latents"] = sae["sae_test_accuracy"]
     metrics["lm_all_channels"] = llm["llm_test_accuracy"]
-    metrics["probing_top_1_sd_over_tasks"] = sd_or_none(top_1)
-    return metrics | found["texts"]
+    return metrics | _sd_over_tasks(its) | found["texts"]
 
 
 def readout_metrics(found: dict, k_values: tuple[int, ...]) -> dict[str, float]:
     """The same numbers as far as a read-out is scored: probes on k latents."""
-    metrics = {
-        f"probing_top_{k}": found["eval_result_metrics"]["sae"][f"sae_top_{k}_test_accuracy"]
-        for k in k_values
-    }
-    if 1 in k_values:
-        top_1 = [task["sae_top_1_test_accuracy"] for task in found["eval_result_details"]]
-        metrics["probing_top_1_sd_over_tasks"] = sd_or_none(top_1)
-    return metrics
+    return _of_top_k(found, k_values) | (_sd_over_tasks(found) if 1 in k_values else {})
 
 
 ABSORPTION_NAMES = {  # ours -> (SAE-Bench's mean, its per-letter value)

@@ -17,6 +17,7 @@ from lab.probing import latents_held
 from lab.process import ExperimentError, first_line, quiet_transformers, require, say
 from lab.scales import OFFICIAL_TASKS, Scale
 from lab.storage import cache_root
+from lab.text import WATCHED
 from lab.training_log import check_wandb
 
 GB = 1e9
@@ -227,7 +228,7 @@ def gpu_needs(scale: Scale, model: ModelNeeds, n_readouts: int = 0) -> dict[str,
     calibrating = 3 * COLUMNS / model.d_in / layers  # in bfloat16 and in float32
     # A batch of every seed's own, and the held-out rows that L0 is measured on, in float32.
     batch = scale.n_seeds * scale.batch_tokens * layers * model.d_in * 2
-    heldout = min(32, scale.heldout_contexts) * scale.context_length * layers * model.d_in * 4
+    heldout = min(WATCHED, scale.heldout_contexts) * scale.context_length * layers * model.d_in * 4
     training = block * (1.1 + calibrating) + step + batch + heldout
     logits = 8 * scale.context_length * model.vocabulary * (2 + 4 + 4)
     # The saved SAEs and their read-outs, and latents: sums over a class of probing texts for all of

@@ -83,6 +83,9 @@ def pack(tokens: list[int], bos: int, length: int) -> torch.Tensor:
     return torch.nn.functional.pad(body.view(-1, length - 1), (1, 0), value=bos)
 
 
+WATCHED = 32  # at least so many held-out contexts have their L0 held at the target in training
+
+
 def heldout_contexts(scale: Scale, lm: LanguageModel) -> tuple[torch.Tensor, int]:
     """The first contexts of the text [heldout_contexts, L], kept for fidelity, and how many
     documents they took: training begins after those."""

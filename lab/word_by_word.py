@@ -10,15 +10,16 @@ from collections.abc import Iterable
 
 import torch
 
+from lab.metrics import rounded
 from lab.quick_absorption import AbsorptionOfWords
 
 CARRIERS = 4  # latents named for each word, beside the main ones
 BEST_WORDS = 10
 
 
-def short(x: float | torch.Tensor) -> float:
-    """Four significant digits."""
-    return float(f"{float(x):.4g}")
+def short(x: float | torch.Tensor, digits: int = 4) -> float:
+    """To so many significant digits."""
+    return rounded(float(x), digits)
 
 
 class WordsSeen(AbsorptionOfWords):

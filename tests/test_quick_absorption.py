@@ -183,7 +183,7 @@ def test_whole_evaluations_are_sae_benchs_own_to_the_last_digit(
         calculate_projection_and_cos_sims=words, found=defaultdict(dict), residuals={}
     )
     monkeypatch.setattr(lab.absorption, "shares_of_words", lambda *_: None)
-    monkeypatch.setattr(quick_absorption, "AbsorptionOfWords", lambda: stock)
+    monkeypatch.setattr(lab.absorption, "AbsorptionOfWords", lambda: stock)
     monkeypatch.setattr(quick_probing, "train_probe_gpu", probe_training.train_probe_gpu)
     monkeypatch.setattr(quick_probing, "ProbesOnActivations", lambda theirs: theirs)
     name, folder = next(iter(trained.saved.items()))
