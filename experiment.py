@@ -152,6 +152,7 @@ class Recipe:
     tightening_fraction: float = 0.5  # first part of training: L0 falls from there to its target
     initial_lambda: float = 0.04
     ema_horizon_fraction: float = 0.01  # of the steps; decay = alpha ** (1 / horizon)
+    heldout_every: int = 10  # steps between two looks at the L0 on held-out rows
 
     def __post_init__(self):
         refuse_bad_numbers("RECIPES", self, may_be_zero=("warmup_steps", "decay_fraction"))
@@ -491,7 +492,7 @@ def next_lambda(
     lambda_S: torch.Tensor,
     error_S: torch.Tensor,
     change_S: torch.Tensor,
-    gain: float = 0.1,
+    gain: float = 0.15,
     ahead: float = 5.0,
 ) -> torch.Tensor:
     """One step of the controller that holds L0 at its target.
@@ -625,8 +626,11 @@ class Trainer:
         measured = torch.stack([forward.loss_S, forward.mse_S, forward.l1_S, forward.l0_S]).detach()
         self.ranks.average_(measured)
         loss_S, mse_S, l1_S, l0_S = measured
-        measure = step % self.scale.online_every == 0 or step == self.scale.total_steps - 1
-        l0_heldout_S = self.measure_heldout(alphas, l0_S) if measure else None
+        last = step == self.scale.total_steps - 1
+        look = last or step % self.recipe.heldout_every == 0
+        measure = last or step % self.scale.online_every == 0
+        falling = factor < 1 and step >= self.recipe.warmup_steps
+        l0_heldout_S = self.measure_heldout(alphas, l0_S, falling) if look else None
         grad_norm_S = self.gradient_norm()
         # The order must not move: project, step, normalise, average.
         sae.project_decoder_gradient_()
@@ -672,14 +676,15 @@ class Trainer:
 
     @torch.no_grad()
     def measure_heldout(
-        self, alphas: list[float], l0_S: torch.Tensor, keep: float = 0.5
+        self, alphas: list[float], l0_S: torch.Tensor, falling: bool, keep: float = 0.5
     ) -> torch.Tensor | None:
         """L0 on held-out rows [S], of the average where there is one: it is the L0 that runs are
         compared at.  Other text fires other numbers of latents, and an average more than the
         weights of the moment.  `l0_S` is the weights' own on the batch of this step.
 
         An average below the weights only lags behind them: that passes, and steering by it would
-        push L0 past the target, so theirs counts then.
+        push L0 past the target, so theirs counts then.  Not once the learning rate is `falling`:
+        the weights come to rest, and where the average stands is where it will be read.
         """
         if self.heldout_ND is None:
             return None
@@ -694,7 +699,7 @@ class Trainer:
         self.sae.train()
         if self.average:
             with self.averaged():
-                heldout_S = torch.maximum(heldout_S, fired())
+                heldout_S = fired() if falling else torch.maximum(heldout_S, fired())
         self.ranks.average_(heldout_S)
         ratio_S = heldout_S / l0_S.clamp_min(1e-3)
         first = self.steps_done == 0

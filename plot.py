@@ -106,6 +106,11 @@ GROUPS = {
         "absorption_full_rank_correlation": ("agreement", "↑", "Spearman of two seeds' letters"),
         "absorption_main_fires": ("main fires", "↑", "share of words whose letter's latent fires"),
         "absorption_absorbed": ("absorbed", "↓", "full absorption: it is silent, one carries it"),
+        "absorption_absorbed_by_its_letter": (
+            "by its letter",
+            "",
+            "of these, by a latent of the letter itself: the sparse probe chose another",
+        ),
         "absorption_lost": ("lost", "↓", "share: it is silent, and no latent carries it"),
         "absorption_gap": ("gap", "↓", "of a parent's latent, known world: alone less with child"),
         "parent_fires_alone": ("fires alone", "↑", "known world: it fires, its child being off"),

@@ -130,6 +130,7 @@ ABSORPTION_NAMES = {  # ours -> (SAE-Bench's mean, its per-letter value)
 WORDS = (
     "absorption_main_fires",
     "absorption_absorbed",
+    "absorption_absorbed_by_its_letter",
     "absorption_lost",
     "l0_on_words",
     "fvu_on_words",

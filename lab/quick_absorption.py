@@ -56,10 +56,10 @@ class OfWords(NamedTuple):
     """What an SAE makes of N words, each read at its last token."""
 
     fraction_N: np.ndarray  # SAE-Bench's absorption fraction
-    full_N: (
-        np.ndarray
-    )  # SAE-Bench's full absorption: the main latents are silent, another carries it
+    full_N: np.ndarray  # SAE-Bench's full absorption: main latents are silent, another carries it
     silent_N: np.ndarray  # whether the letter's main latents are silent
+    carrier_N: np.ndarray  # the latent that carries most of the projection on the letter's probe
+    rate_F: np.ndarray  # share of the words on which a latent fires
     l0_N: np.ndarray  # latents that fire
     error_N: np.ndarray  # ||x - x_hat||^2
 
@@ -147,8 +147,18 @@ def absorption(
     )
     x_hat_ND = sae.decode(acts_NF)
     error_N = (torch.cat(batches).to(x_hat_ND.device) - x_hat_ND).double().square().sum(-1)
-    found = *scores, silent_N, (acts_NF > 0).sum(-1), error_N
+    fires_NF = acts_NF > 0
+    found = *scores, silent_N, index_N, fires_NF.float().mean(0), fires_NF.sum(-1), error_N
     return OfWords(*(of_words.cpu().numpy() for of_words in found))
+
+
+def of_the_letter(letter: str, found: dict[str, OfWords]) -> np.ndarray:
+    """Which latents [F] follow a letter: they fire on at least half of its words, and at most half
+    as often on those of the other letters of `found`."""
+    others = [(words.rate_F, len(words.full_N)) for name, words in found.items() if name != letter]
+    off_F = sum(rate_F * n for rate_F, n in others) / max(1, sum(n for _, n in others))
+    on_F = found[letter].rate_F
+    return (on_F >= 0.5) & (off_F <= on_F / 2)
 
 
 def shares_of_words(
@@ -159,9 +169,16 @@ def shares_of_words(
     and FVU.
 
     A word's main latents fire, or it is absorbed (they are silent, and another latent carries at
-    least 0.4 of the residual's projection on the probe), or lost (silent, and none does).
+    least 0.4 of the residual's projection on the probe), or lost (silent, and none does).  Of the
+    absorbed, those that went to a latent of the letter itself say which main latent the sparse
+    probe chose, and nothing of a feature that another has swallowed.
     """
-    of_letters = [found[letter] for letter in letters]
+    found = {letter: found[letter] for letter in letters}
+    of_letters = list(found.values())
+    to_letters = [
+        (words.full_N & of_the_letter(letter, found)[words.carrier_N]).mean()
+        for letter, words in found.items()
+    ]
     fires = float(np.mean([1 - words.silent_N.mean() for words in of_letters]))
     absorbed = float(np.mean([words.full_N.mean() for words in of_letters]))
     x_ND = torch.cat([residuals[letter] for letter in letters]).double()
@@ -169,6 +186,7 @@ def shares_of_words(
     return {
         "absorption_main_fires": fires,
         "absorption_absorbed": absorbed,
+        "absorption_absorbed_by_its_letter": float(np.mean(to_letters)),
         "absorption_lost": 1 - fires - absorbed,
         "l0_on_words": float(np.concatenate([words.l0_N for words in of_letters]).mean()),
         "fvu_on_words": float(sum(words.error_N.sum() for words in of_letters)) / spread,

@@ -116,6 +116,7 @@ def target_entry(name: str, target: float, seeds: int = 10, tasks: int = 7) -> d
         "l0_on_texts": on_texts,
         "fvu_on_texts": 1.2 * fvu,
         "absorption_absorbed": absorbed,
+        "absorption_absorbed_by_its_letter": 0.75 * absorbed,
         "absorption_lost": lost,
         "absorption_main_fires": 1 - absorbed - lost,
         "absorption_full": 2.6 * absorbed + 0.02 * next(z),

@@ -4,6 +4,7 @@ evaluation with all that is quicker is SAE-Bench's own."""
 from collections import defaultdict
 from types import SimpleNamespace
 
+import numpy
 import pandas
 import pytest
 import torch
@@ -126,9 +127,36 @@ def test_what_becomes_of_words_is_what_sae_benchs_own_output_says_of_each(letter
         mean = sum(rows) / len(rows)
         spread = sum(((x - mean) ** 2).sum().double() for x in rows)
         found = quick_absorption.shares_of_words(["a", "c"], ours.found[id(sae)], ours.residuals)
-        assert list(found.values())[:3] == pytest.approx(expected.tolist())
+        shares = [found[f"absorption_{fate}"] for fate in ("main_fires", "absorbed", "lost")]
+        assert shares == pytest.approx(expected.tolist())
         assert found["l0_on_words"] == pytest.approx(fired / len(rows))
         assert found["fvu_on_words"] == pytest.approx((error / spread).item(), rel=1e-5)
+
+
+def of_words(full: list[int], carrier: list[int], rates: list[float]) -> quick_absorption.OfWords:
+    nothing = numpy.zeros(len(full))
+    parts = full, full, carrier, rates  # what is absorbed is silent
+    full_N, silent_N, carrier_N, rate_F = (numpy.array(part) for part in parts)
+    return quick_absorption.OfWords(
+        nothing, full_N > 0, silent_N > 0, carrier_N, rate_F, nothing, nothing
+    )
+
+
+def test_of_the_absorbed_words_those_that_a_latent_of_the_letter_itself_carries():
+    """By hand: of four latents 0 and 3 follow "a" (3 fires on just half of its words, and on the
+    5 of "b" and the 1 of "c" a quarter of the time), 1 does too little, and 2 everywhere."""
+    found = {
+        "a": of_words([1, 1, 1, 1, 0, 0], [0, 1, 2, 3, 0, 0], [0.9, 0.4, 1.0, 0.5]),
+        "b": of_words([1, 0, 0, 0, 0], [2, 0, 0, 0, 0], [0.0, 0.0, 1.0, 0.1]),
+        "c": of_words([0], [0], [0.0, 0.0, 1.0, 1.0]),
+    }
+    follow = {letter: quick_absorption.of_the_letter(letter, found).tolist() for letter in found}
+    assert follow["a"] == [True, False, False, True]
+    assert follow["b"] == [False, False, False, False]
+    residuals = {letter: torch.randn(len(words.full_N), 3) for letter, words in found.items()}
+    shares = quick_absorption.shares_of_words(list(found), found, residuals)
+    assert shares["absorption_absorbed"] == pytest.approx((4 / 6 + 1 / 5 + 0) / 3)
+    assert shares["absorption_absorbed_by_its_letter"] == pytest.approx((2 / 6 + 0 + 0) / 3)
 
 
 def test_prompts_of_unequal_length_are_refused_as_sae_bench_does(letters):
