@@ -45,7 +45,7 @@ from lab.drawing import (
     stack,
 )
 from lab.frontier import measured_as, target_of
-from lab.report import Shown, sections_of, write
+from lab.report import Shown, figures_of, sections_of, write
 from lab.runs import (
     Arm,
     arms_of,
@@ -57,6 +57,7 @@ from lab.runs import (
     with_readouts,
 )
 from lab.tables import definitions, titled
+from lab.verdict import verdict_figure
 
 # ┌────────────────────────────────────────────────────────────────────┐
 # │ Labels                                                             │
@@ -168,6 +169,13 @@ CURVES = {
     "probing_top_1": ("l0",),
     "probing_top_1_sd_over_tasks": ("l0",),
 }
+
+
+def verdict(arms: list[Arm]):
+    """What was declared to decide: each run less the control, paired by seed, with the 95% interval
+    (± one standard error below six seeds).  Filled: Holm p below .05.  Grey: the sd over the
+    control's own seeds."""
+    return verdict_figure(arms, METRICS, CONTROL, BASELINE)
 
 
 def frontier(arms: list[Arm]):
@@ -356,10 +364,10 @@ def compare(folder: Path) -> None:
     if not groups:
         first = "run `python experiment.py --out_dir=run_1` first"
         sys.exit(f"error: no finished run found in {folder.resolve()}: {first}")
-    shown = Shown((frontier,), FIGURES, GROUPS, tuple(CURVES), CONTROL, BASELINE)
+    shown = Shown((verdict,), (frontier,), FIGURES, GROUPS, tuple(CURVES), CONTROL, BASELINE)
     sections = sections_of(groups, shown)
     print(write(folder, sections, definitions(GROUPS)))
-    n = sum(len(section.figures) for section in sections)
+    n = len(figures_of(sections))
     print(f"wrote {n} figures (PNG and SVG), summary.md and report.html in {folder.resolve()}")
 
 

@@ -18,7 +18,7 @@ from test_rooms import KNOWS, ROOMS
 PANELS = {
     "Keeping a run, and looking inside": "preflight features features_page word_by_word folders "
     "work checkpoints state training_log summary",
-    "Comparing runs": "report tables drawing frontier runs comparison",
+    "Comparing runs": "report verdict tables drawing frontier runs comparison",
     "Saved SAEs and their scores": "evaluation absorption probing fidelity online_absorption "
     "ground_truth results saved_sae bench metrics quick_absorption quick_k_sparse quick_probing "
     "adam",

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 from lab.comparison import sd
-from lab.frontier import EVERY_L0, by_run, of_seeds
+from lab.frontier import EVERY_L0, Comparison, by_run, of_seeds
 from lab.runs import AT_L0, Arm, Value
 
 # Okabe and Ito's colours, and four more that colour-blind readers can tell from them.
@@ -120,6 +120,25 @@ def rows(ax, arms: list[Arm], values: list[Value], title: str, ticks: int = 2) -
     ax.set(title=title, ylim=(len(arms) - 0.5, -0.5))
     ax.xaxis.set_major_locator(MaxNLocator(ticks))
     if not np.isfinite([mean for mean, _ in values]).any():
+        say(ax, "no value")
+
+
+def differences(ax, arms: list[Arm], found: list[Comparison], sure: list[bool], title: str) -> None:
+    """A row per run, from the top: its difference to the control with the 95% interval (of few
+    seeds ± one standard error), open unless it is `sure`; grey, the sd over the control's seeds."""
+    for y, (arm, (d, *_), filled) in enumerate(zip(arms, found, sure, strict=True)):
+        interval = [[d.mean - d.low], [d.high - d.mean]]
+        bar = interval if math.isfinite(d.low) else d.error
+        face = {} if filled else {"markerfacecolor": "white"}
+        ax.errorbar(d.mean, y, xerr=bar, **arm.look | face)
+    noise = sd(next((comparison.control for comparison in found if len(comparison.control)), ()))
+    if math.isfinite(noise):
+        ax.axvspan(-noise, noise, color="0.9", lw=0, zorder=0)
+    ax.axvline(0, color="black", lw=0.8)
+    ax.set_yticks(range(len(arms)), [short(arm.label) for arm in arms])
+    ax.set(title=title, ylim=(len(arms) - 0.5, -0.5))
+    ax.xaxis.set_major_locator(MaxNLocator(3))
+    if not any(math.isfinite(comparison.found.mean) for comparison in found):
         say(ax, "no value")
 
 

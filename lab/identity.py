@@ -21,6 +21,7 @@ SHOWING = (
     "runs",
     "summary",
     "tables",
+    "verdict",
 )
 # These keep things and say things, and make none of them.
 PLUMBING = ("process", "devices", "storage", "identity")

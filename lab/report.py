@@ -16,7 +16,8 @@ from urllib.parse import quote
 from lab.drawing import Figure, draw
 from lab.frontier import at_middle, by_layer
 from lab.runs import Arm, find
-from lab.tables import Grey, Metrics, Table, comparison, endpoint_tables, level_tables, results
+from lab.tables import Grey, Metrics, Table, comparison, level_tables, results
+from lab.verdict import verdict_tables
 
 TITLE = "Comparison of runs"
 LEGEND = (
@@ -26,7 +27,8 @@ LEGEND = (
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1200px;
        margin: auto; padding: 1rem }
-h2 { border-top: 1px solid #ccc; margin-top: 3rem; padding-top: 1rem }
+h2 { display: inline-block; margin: .5rem 0 } summary { cursor: pointer }
+details { border-top: 1px solid #ccc } details details { border: 0 }
 .figures { display: grid; gap: 2rem;
            grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)) }
 figure { margin: 0 } figure img { width: 100% } figcaption { color: #555; font-size: .9rem }
@@ -44,13 +46,15 @@ class Section(NamedTuple):
     key: str
     figures: list[Figure]
     tables: list[Table]
-    decided: Sequence[Table] = ()  # what stands before all sections
+    decided: Sequence[Table] = ()  # what stands before all sections, and the figure of it
+    verdict: Sequence[Figure] = ()
     arms: Sequence[Arm] = ()  # whose configurations it shows
 
 
 class Shown(NamedTuple):
     """What there is to show of each scale and layer."""
 
+    verdict: tuple[Callable, ...]  # the figure of what was declared to decide
     over_targets: tuple[Callable, ...]  # figures of all targets, where there are several
     at_a_target: tuple[Callable, ...]  # figures of one
     groups: dict[str, Metrics]
@@ -69,20 +73,25 @@ def sections_of(groups: dict[str, list[Arm]], shown: Shown) -> list[Section]:
     names = shown.control, shown.baseline
     for layer, arms in layers.items():
         suffix = "_" + re.sub(r"[^\w.-]+", "_", layer) if len(drawable) > 1 else ""
-        decided, note = endpoint_tables(layer, arms, metrics, *names), ""
+        decided, note = verdict_tables(layer, arms, metrics, *names), ""
+        verdict = draw(shown.verdict, arms, suffix) if decided and layer in drawable else []
         middle = at_middle(arms, shown.control)
         entries = {arm.key: groups[arm.key] for arm in arms}
         if len(entries) > 1:
             figures = draw(shown.over_targets, arms, suffix) if layer in drawable else []
             tables = level_tables(arms, metrics, shown.curves, *names)
-            sections.append(Section(layer, figures, tables, decided))
-            decided, note = [], f"At the middle one of {len(entries)} target L0s."
+            sections.append(Section(layer, figures, tables, decided, verdict))
+            decided, verdict, note = [], [], f"At the middle one of {len(entries)} target L0s."
         figures = draw(shown.at_a_target, middle, suffix, note) if layer in drawable else []
         tables = comparison(middle, shown.groups, *names, baseline_key)
-        sections.append(Section(middle[0].key, figures, tables, decided, middle))
+        sections.append(Section(middle[0].key, figures, tables, decided, verdict, middle))
         del entries[middle[0].key]
         sections += [Section(key, [], results(of, shown.groups)) for key, of in entries.items()]
     return sections
+
+
+def figures_of(sections: list[Section]) -> list[Figure]:
+    return [figure for section in sections for figure in (*section.verdict, *section.figures)]
 
 
 def as_markdown(table: Table) -> str:
@@ -141,11 +150,14 @@ def features_html(sections: list[Section], folder: Path) -> str:
 
 def page(sections: list[Section], definitions: Table, links: str = "") -> str:
     body = tag("h1", TITLE) + tag("p", LEGEND) + links
-    body += "".join(as_html(table) for section in sections for table in section.decided)
-    for key, figures, tables, _, arms in sections:
-        body += tag("h2", html.escape(key))
-        body += tag("div", "".join(map(figure_html, figures)), ' class="figures"')
-        body += "".join([*map(as_html, tables), *map(configuration_html, arms)])
+    for section in sections:
+        figures = "".join(map(figure_html, section.verdict))
+        body += tag("div", figures, ' class="figures"') if figures else ""
+        body += "".join(map(as_html, section.decided))
+    for key, figures, tables, *_, arms in sections:
+        found = tag("div", "".join(map(figure_html, figures)), ' class="figures"')
+        found += "".join([*map(as_html, tables), *map(configuration_html, arms)])
+        body += tag("details", tag("summary", tag("h2", html.escape(key))) + found)
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     head = tag("head", head + tag("title", TITLE) + tag("style", STYLE))
     body = tag("body", body + as_html(definitions))
@@ -169,7 +181,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def write(folder: Path, sections: list[Section], definitions: Table) -> str:
     """Every figure, summary.md and report.html; returns the text of summary.md."""
-    for figure in (figure for section in sections for figure in section.figures):
+    for figure in figures_of(sections):
         for suffix, content in figure.images.items():
             write_atomically(folder / f"{figure.name}.{suffix}", content)
     text = summary(sections, definitions)

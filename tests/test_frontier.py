@@ -29,7 +29,8 @@ import plot
 from lab import drawing, frontier
 from lab.frontier import at_middle, by_layer, by_run, endpoints, levels
 from lab.report import as_markdown
-from lab.tables import endpoint_tables, level_tables
+from lab.tables import level_tables
+from lab.verdict import verdict_tables
 
 LAYER = f"{LAPTOP}, every L0"
 RUN_1, SEEDS = "run_1 blend 0.1→0.9 + EMA", 6
@@ -83,7 +84,7 @@ def layer(folder) -> list:
 def tables_of(folder) -> str:
     """What is decided and read off, as summary.md has it."""
     arms = layer(folder)
-    tables = endpoint_tables(LAYER, arms, plot.METRICS, *NAMES)
+    tables = verdict_tables(LAYER, arms, plot.METRICS, *NAMES)
     tables += level_tables(arms, plot.METRICS, tuple(plot.CURVES), *NAMES)
     return "\n\n".join(map(as_markdown, tables)) + "\n"
 
@@ -163,15 +164,61 @@ def test_curves_are_read_off_by_hand_at_the_places_that_the_control_gives(text):
 
 def test_the_endpoints_stand_first_and_all_else_is_called_descriptive(text):
     first, *rest = text.split("\n## ")
-    assert f"### Primary endpoints: {LAYER}\n" in first
+    assert f"### Which run is better at what: {LAYER}\n" in first
+    assert "### Primary endpoint of stability" in first
     assert "descriptive" in first
-    assert not any("Primary endpoints" in part for part in rest)
+    assert not any("Primary endpoint" in part for part in rest)
     for part in text.split("\n### ")[1:]:
         if (
             part.startswith(("Differences to run_7: ", "Read off against"))
             and "by task" not in part
         ):
             assert "\n\nDescriptive" in part, part[:60]
+
+
+def test_a_run_is_called_better_or_worse_only_where_the_declared_test_says_so(text, tmp_path):
+    """Six seeds reach a Holm p of .094.  Eight reach 3 x 2 / 256 = .023 where all have one sign:
+    the control absorbs less, and its tasks lie closer; of its roughness one seed is the other way
+    round, and of 256 flips four are as far from 0 (p .016, which counts no less than the first)."""
+    row = table(text, f"Which run is better at what: {LAYER}")[RUN_1]
+    assert set(list(row.values())[1:]) == {"cannot tell (Holm p 0.094)"}
+    for word, ours, theirs in (
+        ("worse", run_info, control_info),
+        ("better", control_info, run_info),
+    ):
+        folder = tmp_path / word
+        write(folder, run_7=theirs(8), run_1=ours(8))
+        row = table(tables_of(folder), f"Which run is better at what: {LAYER}")[RUN_1]
+        assert set(list(row.values())[1:]) == {f"{word} (Holm p 0.023)"}
+
+
+def test_the_figure_of_the_verdict_shows_what_the_tables_say(tmp_path):
+    write(tmp_path, run_7=control_info(8), run_1=run_info(8))
+    figure = plot.verdict(layer(tmp_path))
+    axes = figure.subfigs[0].axes
+    assert [ax.get_title().split("\n")[1] for ax in axes] == [
+        "mean over targets",
+        "at L0 on words 16.0",
+        "at FVU on words 0.1600",
+        "at L0 on texts 16.0",
+    ]
+    (bar,) = axes[1].containers
+    assert bar.lines[0].get_xydata().tolist() == [[pytest.approx(0.045), 0]]
+    assert bar.lines[0].get_markerfacecolor() != "white", "sure"
+    low, high = bar.lines[2][0].get_segments()[0][:, 0]
+    expected = plain_bca([0.01 * (s + 1) for s in range(8)])
+    assert [low, high] == pytest.approx(expected, abs=2e-3)
+    write(tmp_path / "few", run_7=control_info(), run_1=run_info())
+    for ax in plot.verdict(layer(tmp_path / "few")).subfigs[0].axes:
+        assert ax.containers[0].lines[0].get_markerfacecolor() == "white", "six seeds are not sure"
+
+
+def test_runs_with_fewer_seeds_are_paired_by_those_that_both_have_and_comparable(tmp_path):
+    write(tmp_path, run_7=control_info())
+    write_run(tmp_path, "run_1", run_info(3), n_seeds=3, target_l0s=list(TARGETS))
+    text = tables_of(tmp_path)
+    assert "NOT COMPARABLE" not in text
+    assert decided(text, "absorption: absorbed ↓")["at L0 on words 16.0"].endswith("n 3")
 
 
 def test_a_layer_has_its_curves_then_its_middle_target_in_full_then_what_came_out_of_the_others(
@@ -189,15 +236,20 @@ def test_a_layer_has_its_curves_then_its_middle_target_in_full_then_what_came_ou
         "absorption_letters",
         "words",
         "probing",
+        "verdict",
     }
     page = (study / "report.html").read_text("utf-8")
-    assert page.index("Primary endpoints") < page.index("<h2>")
+    assert page.index('id="verdict"') < page.index("Primary endpoint") < page.index("<h2>")
+    assert page.index("<details>") < page.index("<h2>"), "details fold"
     captions = {
         part.split('"')[0]: part.split("<figcaption>")[1].split("<")[0]
         for part in page.split('<figure id="')[1:]
     }
     said = "At the middle one of 3 target L0s."
-    assert {name for name, caption in captions.items() if said in caption} == drawn - {"frontier"}
+    assert {name for name, caption in captions.items() if said in caption} == drawn - {
+        "frontier",
+        "verdict",
+    }
     assert f"{LAPTOP}, L0 16" in words(study / "probing.svg")
     assert page.count("Configuration of run_1") == 1
 

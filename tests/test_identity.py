@@ -170,7 +170,9 @@ def test_a_copy_of_the_laboratory_is_the_same_and_an_edited_one_is_not(copies):
     assert laboratory_fingerprint() != own
 
 
-@pytest.mark.parametrize("room", ["drawing", "frontier", "report", "runs", "summary", "tables"])
+@pytest.mark.parametrize(
+    "room", ["drawing", "frontier", "report", "runs", "summary", "tables", "verdict"]
+)
 def test_rooms_that_only_show_what_runs_wrote_are_no_part_of_the_laboratory(room, copies):
     own = laboratory_fingerprint()
     lab = copies.of_lab()
@@ -188,6 +190,7 @@ def test_every_other_room_is_a_part_of_the_laboratory_and_so_is_a_new_one(copies
         "runs",
         "summary",
         "tables",
+        "verdict",
     }
     own = laboratory_fingerprint()
     for room in sorted(path.stem for path in identity.LAB.glob("*.py")):

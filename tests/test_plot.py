@@ -35,6 +35,7 @@ FIGURES = (
     "tradeoff",
     "readout",
 )
+VERDICT = "verdict"  # where there is a control and another run
 
 
 def test_the_script_stays_as_small_as_an_agent_can_carry_at_every_turn():
@@ -57,9 +58,9 @@ def test_the_runs_that_labels_names_are_plotted_and_the_others_said_to_be_left_o
     rest = "\n".join(line for line in said if not line.startswith("left out"))
     seen = [rest, *map(words, tmp_path.glob("*.svg"))]
     seen += [path.read_text(encoding="utf-8") for path in tmp_path.glob("*.[mh]*")]
-    assert len(seen) == 1 + (len(FIGURES) - 1) + 2
+    assert len(seen) == 1 + (len(FIGURES) - 1 + 1) + 2  # no read-outs, a verdict
     assert not any(name in text for text in seen for name in ("run_mine", "run_2_old"))
-    assert all("control: vanilla ReLU" in text for text in seen)
+    assert all("control: vanilla ReLU" in text for text in seen if "Verdict" not in text)
 
 
 def test_where_labels_names_none_of_the_runs_all_are_plotted_and_it_says_so(tmp_path):
@@ -142,7 +143,7 @@ def test_two_scales_never_share_a_figure_or_a_table(comparison, summary):
 
 
 def test_each_scale_with_a_log_has_every_figure_as_png_and_svg(comparison):
-    expected = {f"{name}_laptop_layer_8" for name in FIGURES}
+    expected = {f"{name}_laptop_layer_8" for name in (*FIGURES, VERDICT)}
     expected |= {f"{name}_pythia-70m_layer_3" for name in FIGURES if name != "readout"}
     assert {path.stem for path in comparison.glob("*.svg")} == expected
     assert {path.stem for path in comparison.glob("*.png")} == expected
