@@ -170,9 +170,7 @@ def test_a_copy_of_the_laboratory_is_the_same_and_an_edited_one_is_not(copies):
     assert laboratory_fingerprint() != own
 
 
-@pytest.mark.parametrize(
-    "room", ["drawing", "frontier", "report", "runs", "summary", "tables", "verdict"]
-)
+@pytest.mark.parametrize("room", identity.SHOWING)
 def test_rooms_that_only_show_what_runs_wrote_are_no_part_of_the_laboratory(room, copies):
     own = laboratory_fingerprint()
     lab = copies.of_lab()
