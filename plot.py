@@ -203,7 +203,7 @@ def training_curves(arms: list[Arm]):
     curves(ax, arms, "loss", "raw loss, bold: its running median (log scale)", log=True, **raw)
     for i, arm in enumerate(arms):
         steps, loss, _ = arm.series("loss")
-        median = [np.median(loss[max(0, j - 25) : j + 26]) for j in range(len(steps))]
+        median = [np.median(loss[abs(steps - step) <= 25]) for step in steps]
         ax.plot(steps, median, **arm.look, markevery=(0.015 * i, 0.15))
     axes = bottom.subplots(1, 3, sharey=True)
     for ax, metric in zip(axes, ("loss_roughness", "loss_spikes", "grad_norm_cv"), strict=True):

@@ -16,7 +16,7 @@ matplotlib.use("Agg")  # needs no screen; must stand before pyplot
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from lab.comparison import sd
 from lab.frontier import EVERY_L0, Comparison, by_run, of_seeds
@@ -107,8 +107,10 @@ def logarithmic(ax, side: str, wide: float = 10) -> None:
     ax.set(**{f"{side}scale": "log"})
     (low, high), axis = getattr(ax, f"get_{side}lim")(), getattr(ax, f"{side}axis")
     subs = (1, 2, 5) if high > 10 * low else (1, 2, 3, 5, 7)
+    if side == "x" and high > 20 * low:
+        subs = (1, 3)  # numbers stand side by side there
     axis.set_major_locator(LogLocator(subs=subs) if high > wide * low else MaxNLocator(5))
-    axis.set_major_formatter(ScalarFormatter())
+    axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
 
 

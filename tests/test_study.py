@@ -1,9 +1,4 @@
-"""The committed study is the program's own: same configuration, complete, at matched sparsity.
-
-It was made when the scale had one target L0 and so a number for it, where it is now a list of one,
-and before a model could be compiled; with another constraint, another run_10, and fewer metrics
-(EARLIER, SINCE: results/README.md says so).  Everything else must be what it is now.
-"""
+"""The committed studies are the program's own: same configuration, complete, at equal sparsity."""
 
 import json
 from dataclasses import asdict, replace
@@ -14,94 +9,113 @@ import test_results
 
 import experiment
 from lab.folders import differences
-from lab.metrics import WORDS
-from lab.results import layer_results
+from lab.results import layer_results, title
 from lab.scales import SCALES
 from lab.storage import json_text
 
-STUDY = Path(experiment.__file__).parent / "results" / "laptop"
-SCALE, RECIPE = SCALES["laptop"], experiment.RECIPES["laptop"]
-ENTRY = "laptop layer 8"
-EARLIER = {  # what differences() says of a run of the study
-    "recipe.tightening_fraction is 0.3 there and 0.5 now",
-    "run.norm_restored is 'absent' there and False now",
-}
-SINCE = {*WORDS, "l0_on_texts", "fvu_on_texts"}  # metrics that the study has not
-MAIN_METRICS = (
-    "loss_roughness",
-    "grad_norm_cv",
+RESULTS = Path(experiment.__file__).parent / "results"
+STUDIES = {"laptop": "laptop", "synthetic": "synthetic"}  # folder -> scale
+KEPT = {"synthetic": 25}  # steps from one line of a committed log to the next
+RUNS = [(study, run) for study in STUDIES for run in experiment.RUNS]
+MAIN_METRICS = ("mse_roughness", "loss_roughness", "grad_norm_cv", "fvu", "l0", "decoder_pw_mcc")
+OF_A_MODEL = (
     "absorption_full",
     "absorption_fraction",
+    "absorption_absorbed",
+    "absorption_absorbed_by_its_letter",
+    "absorption_lost",
+    "fvu_on_words",
+    "l0_on_words",
     "probing_top_1",
     "probing_top_5",
-    "fvu",
-    "l0",
+    "probing_top_1_sd_over_tasks",
+    "l0_on_texts",
     "ce_recovered",
     "online_absorption_fraction",
     "online_absorption_full",
-    "decoder_pw_mcc",
-    "mse_roughness",
 )
+OF_A_WORLD = ("absorption_gap", "parent_fires_alone", "parent_cosine", "mcc", "f1")
 
 
-def test_the_metrics_of_the_study_are_those_that_runs_have_now():
-    for run in experiment.RUNS:
-        assert set(results_of(run)[ENTRY]["means"]) == set(metrics_of_a_run()) - SINCE, run
+def scale_of(study: str, run: str):
+    """As the run has it: with fewer seeds than the scale where it does not decide."""
+    scale = SCALES[STUDIES[study]]
+    if run in experiment.DECISIVE:
+        return scale
+    return replace(scale, n_seeds=experiment.FEWER_SEEDS.get(scale.name, scale.n_seeds))
 
 
-def metrics_of_a_run() -> dict:
+def results_of(study: str, run: str) -> dict:
+    return json.loads((RESULTS / study / run / "final_info.json").read_text(encoding="utf-8"))
+
+
+def entries_of(study: str, run: str) -> list[tuple[float, dict]]:
+    """(target L0, entry) of every layer and target."""
+    scale, found = scale_of(study, run), results_of(study, run)
+    pairs = [(layer, target) for layer in scale.layers for target in scale.target_l0s]
+    return [(target, found[title(scale, layer, target)]) for layer, target in pairs]
+
+
+def test_the_metrics_of_the_laptops_study_are_those_that_runs_have_now():
     arguments = test_results.made_up()
-    scale = replace(arguments["scale"], k_values=SCALE.k_values)
+    scale = replace(arguments["scale"], k_values=SCALES["laptop"].k_values)
     for found in arguments["probing"]:
         for name in ("sae", "llm"):
             scores = found["sae_bench"]["eval_result_metrics"][name]
-            scores |= {f"{name}_top_{k}_test_accuracy": 0.5 for k in SCALE.k_values}
+            scores |= {f"{name}_top_{k}_test_accuracy": 0.5 for k in scale.k_values}
         for task in found["sae_bench"]["eval_result_details"]:
-            task |= {f"sae_top_{k}_test_accuracy": 0.5 for k in SCALE.k_values}
-    return layer_results(**arguments | {"scale": scale})["means"]
+            task |= {f"sae_top_{k}_test_accuracy": 0.5 for k in scale.k_values}
+    now = set(layer_results(**arguments | {"scale": scale})["means"])
+    for run in experiment.RUNS:
+        ((_, entry),) = entries_of("laptop", run)
+        assert set(entry["means"]) == now, run
 
 
-def results_of(run: str) -> dict:
-    return json.loads((STUDY / run / "final_info.json").read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("run", experiment.RUNS)
-def test_the_committed_numbers_came_from_the_committed_configuration(run):
-    config = json.loads((STUDY / run / "config.json").read_text(encoding="utf-8"))
-    scale = asdict(SCALE)
-    (scale["target_l0"],) = scale.pop("target_l0s")
-    assert scale.pop("compiled") is False, "and nothing was"
+@pytest.mark.parametrize(("study", "run"), RUNS)
+def test_the_committed_numbers_came_from_the_committed_configuration(study, run):
+    config = json.loads((RESULTS / study / run / "config.json").read_text(encoding="utf-8"))
+    scale = scale_of(study, run)
     identity = {
         "run_name": run,
         "run": asdict(experiment.RUNS[run]),
-        "recipe": asdict(RECIPE),
-        "scale": scale,
+        "recipe": asdict(experiment.RECIPES[scale.name]),
+        "scale": asdict(scale),
     }
     now = json.loads(json_text(identity))
-    found = set(differences({name: config[name] for name in now}, now))
-    if run == "run_10":  # it was the learned blend of the same paper
-        assert config["run"]["schedule"] == "learned"
-        found = {what for what in found if not what.startswith("run.")} | {*EARLIER}
-    assert found == EARLIER
+    assert list(differences({name: config[name] for name in now}, now)) == []
 
 
-@pytest.mark.parametrize("run", experiment.RUNS)
-def test_no_main_metric_of_the_study_is_missing(run):
-    entry = results_of(run)[ENTRY]
-    for metric in MAIN_METRICS:
-        assert entry["means"][metric] is not None, metric
-        # PW-MCC compares pairs of seeds, which share them: their spread is no standard error.
-        assert (entry["stderrs"][metric] is None) == (metric == "decoder_pw_mcc"), metric
-        assert len(entry["final_info_dict"][metric]) == SCALE.n_seeds >= 3, metric
+@pytest.mark.parametrize("study", STUDIES)
+def test_all_runs_of_a_study_were_made_by_one_program_on_one_kind_of_machine(study):
+    configs = [
+        json.loads((RESULTS / study / run / "config.json").read_text(encoding="utf-8"))
+        for run in experiment.RUNS
+    ]
+    for place in ("experiment", "laboratory", "processor", "device", "versions"):
+        assert len({json.dumps(config.get(place)) for config in configs}) == 1, place
 
 
-@pytest.mark.parametrize("run", experiment.RUNS)
-def test_every_run_ends_within_a_tenth_of_the_same_target_l0(run):
-    assert results_of(run)[ENTRY]["means"]["l0"] == pytest.approx(SCALE.target_l0s[0], rel=0.1)
+@pytest.mark.parametrize(("study", "run"), RUNS)
+def test_no_main_metric_of_a_study_is_missing(study, run):
+    scale = scale_of(study, run)
+    metrics = MAIN_METRICS + (OF_A_WORLD if scale.world else OF_A_MODEL)
+    for _, entry in entries_of(study, run):
+        for metric in metrics:
+            assert entry["means"][metric] is not None, metric
+            # PW-MCC compares pairs of seeds, which share them: their spread is no standard error.
+            assert (entry["stderrs"][metric] is None) == (metric == "decoder_pw_mcc"), metric
+            assert len(entry["final_info_dict"][metric]) == scale.n_seeds >= 3, metric
+
+
+@pytest.mark.parametrize(("study", "run"), RUNS)
+def test_every_run_ends_near_the_same_target_l0s(study, run):
+    for target, entry in entries_of(study, run):
+        assert entry["means"]["l0"] == pytest.approx(target, rel=0.02)
 
 
 def test_the_control_is_well_trained_and_beats_the_models_own_best_channel():
-    means = results_of("run_7")[ENTRY]["means"]
+    ((_, entry),) = entries_of("laptop", "run_7")
+    means = entry["means"]
     assert means["fvu"] <= 0.25
     assert means["probing_top_1"] > means["lm_top_1"]
     assert means["absorption_letters"] >= 20
@@ -109,11 +123,17 @@ def test_the_control_is_well_trained_and_beats_the_models_own_best_channel():
 
 @pytest.mark.parametrize("run", ("run_1", "run_7"))
 def test_the_read_out_check_is_an_entry_of_its_own(run):
-    names = set(results_of(run))
-    assert names == {ENTRY} | {f"{ENTRY}, read out with alpha = {a}" for a in (0, 1)}
+    scale = SCALES["laptop"]
+    own = title(scale, 8, 36.0)
+    assert set(results_of("laptop", run)) == {own} | {title(scale, 8, 36.0, a) for a in (0, 1)}
 
 
-@pytest.mark.parametrize("run", experiment.RUNS)
-def test_the_training_log_holds_every_step_once(run):
-    lines = (STUDY / run / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(SCALE.total_steps))
+@pytest.mark.parametrize(("study", "run"), RUNS)
+def test_the_training_log_holds_every_step_that_is_kept_once(study, run):
+    scale = scale_of(study, run)
+    lines = (RESULTS / study / run / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    for layer in scale.layers:
+        steps = [record["step"] for record in records if record["layer"] == layer]
+        last = scale.total_steps - 1
+        assert steps == sorted({*range(0, scale.total_steps, KEPT.get(study, 1)), last})
