@@ -86,6 +86,15 @@ def sign_flip_p(found: Sequence[float]) -> float:
     return float((np.abs(sums) >= abs(np.sum(found)) - rounding).mean())
 
 
+def missed_target(means: dict[str, float | None], tolerance: float = 0.02) -> str:
+    """A warning where a run ended elsewhere than at its target L0 by more than so much of it; from
+    the means of an entry.  Sparser SAEs reconstruct worse and absorb more, whatever the arm."""
+    l0, target = means.get("l0"), means.get("l0_target")
+    if l0 is None or not target or abs(l0 / target - 1) <= tolerance:
+        return ""
+    return f"L0 MISSED: {l0:.4g} where {target:g} was asked ({l0 / target - 1:+.1%})"
+
+
 def within_noise(mean: float, control: Sequence[float | None]) -> bool:
     """Whether a difference to the control is smaller than what the control's own seeds differ by,
     their sd; not where that is unknown."""

@@ -9,7 +9,7 @@ import json
 import math
 from pathlib import Path
 
-from lab.comparison import Difference, paired_difference, within_noise
+from lab.comparison import Difference, missed_target, paired_difference, within_noise
 from lab.process import Clock, say
 from lab.runs import MADE_WITH, as_written
 
@@ -23,6 +23,7 @@ COMPARED = (
     "absorption_gap",
     "probing_top_1",
     "probing_top_5",
+    "probing_top_1_sd_over_tasks",
     "fvu",
     "l0",
 )
@@ -38,6 +39,9 @@ def print_summary(title: str, results: dict, clock: Clock, config: dict, control
         say(f"entry: {name}")
         for metric, value in entry["means"].items():
             say(f"{metric}: {_with_error(value, entry['stderrs'][metric])}")
+    for name, entry in results.items():
+        if said := missed_target(entry["means"]):
+            say(f"{name}, {said}: read what differs with care")
     if config["run_name"] != control.name:
         for line in differences_to(control, results, config):
             say(line)
@@ -70,7 +74,7 @@ def differences_to(control: Path, results: dict, config: dict) -> list[str]:
         theirs = json.loads(as_written(control / "final_info.json"))
         its = json.loads((control / "config.json").read_text(encoding="utf-8"))
         entries = {name: theirs[name]["final_info_dict"] for name in results if name in theirs}
-        other = [name for name in ALIKE if its[name] != json.loads(json.dumps(config[name]))]
+        other = [name for name in ALIKE if _but_seeds(its[name]) != _but_seeds(config[name])]
     except FileNotFoundError:
         return [f"{title}: none, it has not been run beside this one"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -86,6 +90,13 @@ def differences_to(control: Path, results: dict, config: dict) -> list[str]:
                 noise = within_noise(found.mean, values[metric])
                 lines.append(f"{name}, {metric}: {_said(found)}{WITHIN if noise else ''}")
     return lines
+
+
+def _but_seeds(setting: object) -> str:
+    """As JSON; runs with another number of seeds are paired by those that both have."""
+    if isinstance(setting, dict):
+        setting = {name: value for name, value in setting.items() if name != "n_seeds"}
+    return json.dumps(setting, sort_keys=True)
 
 
 def _said(found: Difference) -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lab.comparison import Difference, Value, mean_and_error, sd, within_noise
+from lab.comparison import Difference, Value, mean_and_error, missed_target, sd, within_noise
 from lab.frontier import at_level, by_run, levels, measured_as, n_targets
 from lab.runs import MADE_WITH, Arm, find, paired, task_differences, with_readouts
 
@@ -144,6 +144,8 @@ def runs_table(arms: list[Arm]) -> Table:
         if arm.written_for and title not in ("–", arm.written_for):
             labelled = f"{arm.name} is labelled {arm.label!r}"
             notes.append(f"{labelled}, but was made by another row: {title!r}.")
+        if said := missed_target(arm.entry["means"]):
+            notes.append(f"{said} in {arm.name}.")
         for about, note in arm.entry["notes"].items():
             notes += [f"{arm.name}, {about}: {note}"] if isinstance(note, str) else []
     return Table("Runs", "  ".join(notes), lines)

@@ -175,6 +175,15 @@ def test_where_an_old_run_was_made_is_unknown_and_the_new_ones_are_compared_with
     assert note == "NOT COMPARABLE: run_3 ran with another laboratory, processor than run_2."
 
 
+def test_a_run_that_missed_its_target_l0_is_named(tmp_path):
+    for name, l0 in (("run_1", 9.21), ("run_7", 8.4)):
+        info = usual_entry()
+        info["means"] |= {"l0": l0, "l0_target": 8.5}
+        write_run(tmp_path, name, {LAPTOP: info})
+    found = runs_table(plot.load(tmp_path)[LAPTOP]).note
+    assert found == "L0 MISSED: 9.21 where 8.5 was asked (+8.4%) in run_1."
+
+
 def test_an_edited_experiment_is_comparable(tmp_path):
     assert notes_of(tmp_path, run_1={"experiment": "a"}, run_2={"experiment": "b"}) == ""
 

@@ -82,6 +82,24 @@ def test_without_a_control_beside_it_the_differences_are_left_out_in_one_line(tm
     assert line == "differences to run_7: none, it has not been run beside this one"
 
 
+def test_a_control_with_more_seeds_is_compared_by_those_that_both_have(tmp_path):
+    many = CONFIG | {"scale": CONFIG["scale"] | {"n_seeds": 8}}
+    few = CONFIG | {"scale": CONFIG["scale"] | {"n_seeds": 2}}
+    control = made(tmp_path / "run_7", {"tiny layer 1": entry([0.1] * 8)}, many)
+    (_, found) = differences_to(control, {"tiny layer 1": entry([0.2, 0.3])}, few)
+    assert found == "tiny layer 1, fvu: +0.15 +- 0.05 (p = 0.5, n = 2)"
+
+
+@pytest.mark.parametrize(("l0", "said"), [(36.6, False), (36.8, True), (35.2, True)])
+def test_a_run_that_missed_its_target_l0_says_so(l0, said, control, capsys):
+    results = {"tiny layer 1": entry([1, 2, 3])}
+    results["tiny layer 1"]["means"] |= {"l0": l0, "l0_target": 36.0}
+    results["tiny layer 1"]["stderrs"] |= {"l0": 0.1, "l0_target": None}
+    print_summary("run_7, control", results, Clock(), CONFIG | {"run_name": "run_7"}, control)
+    warning = f"tiny layer 1, L0 MISSED: {l0:g} where 36 was asked ({l0 / 36 - 1:+.1%})"
+    assert (warning in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize("damage", ["changed", "no json", "no list"])
 def test_a_damaged_control_is_said_and_harms_nothing(control, damage):
     text = {"changed": '{"tiny layer 1": {}}', "no json": "{", "no list": "[]"}[damage]
