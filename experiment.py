@@ -114,7 +114,7 @@ def constant(alpha: float) -> dict:
     return {"schedule": "fixed", "alpha_start": alpha, "alpha_end": alpha}
 
 
-# Every run ends at the scale's target_l0s (36 on a laptop): they compare at one sparsity.
+# Every run ends at the scale's target_l0s (36 on a laptop): compare at one sparsity.
 RUNS: dict[str, Run] = {
     "run_1": Run("the method: alpha 0.1 -> 0.9 linearly, EMA on", readout_alphas=(0.0, 1.0)),
     "run_2": Run("alpha and L0 target paced by measured absorption", schedule="adaptive"),
@@ -145,7 +145,7 @@ FEWER_SEEDS = {"laptop-long": 3}  # the first, where a run costs an hour
 
 @dataclass(frozen=True)
 class Recipe:
-    """How SAEs are trained: the same for all runs of a scale, tuned on the control (notes.txt)."""
+    """How SAEs are trained: all runs of a scale alike, after equal tuning (notes.txt)."""
 
     learning_rate: float = 4e-3
     warmup_steps: int = 50
@@ -162,8 +162,8 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    "laptop": Recipe(),
-    "laptop-long": Recipe(),
+    "laptop": Recipe(learning_rate=8e-3),
+    "laptop-long": Recipe(learning_rate=8e-3),
     "synthetic": Recipe(),
     "pythia-70m": Recipe(),
     "gemma-2-2b": Recipe(learning_rate=3e-4, warmup_steps=1000),
@@ -688,7 +688,7 @@ class Trainer:
 
         An average below the weights only lags behind them: that passes, and steering by it would
         push L0 past the target, so theirs counts then.  Not once the learning rate is `falling`:
-        the weights come to rest, and the average is read where it stands.
+        weights come to rest, and the average is read where it is.
         """
         if self.heldout_ND is None:
             return None
