@@ -114,7 +114,7 @@ def constant(alpha: float) -> dict:
     return {"schedule": "fixed", "alpha_start": alpha, "alpha_end": alpha}
 
 
-# Every run ends at the scale's target_l0s (36 on a laptop): compare at one sparsity.
+# Every run ends at the scale's target_l0s (36 on a laptop), so at one sparsity.
 RUNS: dict[str, Run] = {
     "run_1": Run("the method: alpha 0.1 -> 0.9 linearly, EMA on", readout_alphas=(0.0, 1.0)),
     "run_2": Run("alpha and L0 target paced by measured absorption", schedule="adaptive"),
@@ -688,7 +688,7 @@ class Trainer:
 
         An average below the weights only lags behind them: that passes, and steering by it would
         push L0 past the target, so theirs counts then.  Not once the learning rate is `falling`:
-        weights come to rest, and the average is read where it is.
+        weights come to rest, and the average is read.
         """
         if self.heldout_ND is None:
             return None
