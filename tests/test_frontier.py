@@ -4,14 +4,12 @@ import itertools
 import json
 import math
 import re
-import shutil
 from copy import deepcopy
 
 import numpy as np
 import pytest
 from made_up_runs import (
     LAPTOP,
-    ROOT,
     draw,
     entry,
     records,
@@ -28,6 +26,7 @@ from test_comparison import plain_bca
 import plot
 from lab import drawing, frontier
 from lab.frontier import at_middle, by_layer, by_run, endpoints, levels
+from lab.metrics import WORDS
 from lab.report import as_markdown
 from lab.tables import level_tables
 from lab.verdict import verdict_tables
@@ -402,20 +401,22 @@ def test_without_the_control_nothing_is_decided_and_it_says_so(tmp_path):
     assert "None: run_7 is missing." in said
 
 
-def test_the_committed_study_is_redrawn_though_it_is_older_than_the_endpoints(tmp_path):
-    for path in (ROOT / "results/laptop").glob("run_*"):
-        (tmp_path / path.name).mkdir()
-        for name in ("final_info.json", "config.json", "training_log.jsonl"):
-            shutil.copy(path / name, tmp_path / path.name)
+def test_runs_that_are_older_than_the_endpoints_are_drawn_without_them(tmp_path):
+    for name, level in (("run_7", 0.0), ("run_8", 0.02)):
+        old = usual_entry(level)
+        for metric in (*WORDS, "l0_on_texts", "fvu_on_texts"):
+            for part in ("means", "stderrs", "final_info_dict"):
+                old[part].pop(metric, None)
+        write_run(tmp_path, name, {LAPTOP: old}, records(8))
     found = draw(tmp_path)
     assert (found.returncode, found.stderr) == (0, "")
     said = (tmp_path / "summary.md").read_text("utf-8")
-    absorption, probing = (
+    absorption, stability = (
         decided(said, question, "run_8 cosine only", LAPTOP)
-        for question in ("absorption: absorbed ↓", "probing: sd over tasks ↓")
+        for question in ("absorption: absorbed ↓", "stability: mse roughness ↓")
     )
     assert absorption["at the target"] == absorption["Holm p"] == "–"
-    assert probing["at the target"] == "+0.0094 ± 0.0118, p 0.5, n 3"
+    assert stability["at the target"] == "+0.0200 ± 0.0000, p 0.25, n 3"
     assert not (tmp_path / "words.svg").exists()
 
 
