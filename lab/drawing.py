@@ -139,7 +139,8 @@ def differences(ax, arms: list[Arm], found: list[Comparison], sure: list[bool], 
     ax.axvline(0, color="black", lw=0.8)
     ax.set_yticks(range(len(arms)), [short(arm.label) for arm in arms])
     ax.set(title=title, ylim=(len(arms) - 0.5, -0.5))
-    ax.xaxis.set_major_locator(MaxNLocator(3))
+    ax.xaxis.set_major_locator(MaxNLocator(2))
+    ax.xaxis.set_major_formatter("{x:g}")
     if not any(math.isfinite(comparison.found.mean) for comparison in found):
         say(ax, "no value")
 
