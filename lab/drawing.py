@@ -183,7 +183,8 @@ def shares(ax, arms: list[Arm], parts: dict[str, tuple[str, str]]) -> None:
                 "capsize": 2.2,
                 "capthick": 0.7,
             }
-            ax.errorbar(widths, range(len(arms)), xerr=errors, **bar)
+            below = np.arange(len(arms)) + 0.27  # the numbers
+            ax.errorbar(widths, below, xerr=errors, **bar)
         ends = ends + widths
     for y in np.flatnonzero(~np.isfinite(ends)):
         ax.text(0.5, y, "no value", ha="center", va="center", color="0.4")
