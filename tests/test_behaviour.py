@@ -353,9 +353,10 @@ def test_the_log_has_a_line_per_step_with_a_number_per_seed(finished, scale):
             assert r["loss"][s] == pytest.approx(
                 r["mse"][s] + r["lambda"][s] * r["l1"][s], rel=1e-5
             )
-    for key in ("online_absorption_fraction", "l0_heldout"):
-        measured = [r["step"] for r in records if r[key] is not None]
-        assert measured == [0, 5, 10, 15, 19]
+    for key, steps in (("l0_heldout", [0, 10, 19]), ("online_absorption_full", [0, 5, 10, 15, 19])):
+        assert [r["step"] for r in records if r[key] is not None] == steps
+    measured = [r["step"] for r in records if r["online_absorption_fraction"] is not None]
+    assert measured == steps
     assert all(len(r["online_absorption_full"]) == 2 for r in records if r["step"] in measured)
     assert records[0]["alpha"] == pytest.approx([0.1] * 2)
     assert records[-1]["alpha"] == pytest.approx([0.9] * 2)

@@ -95,7 +95,7 @@ SAME = {
     "another row": [(f"}}\n{AFTER}", f'    "run_11": Run("x", alpha_start=0.3),\n}}\n{AFTER}')],
     "a row less": [('    "run_9": Run("ablation: run_1 without the EMA", ema=False),\n', "")],
     "a row's values": [('Run("ablation: run_1 without the EMA", ema=False)', 'Run("x", ema=True)')],
-    "a row of the recipes": [('"laptop": Recipe(),', '"laptop": Recipe(gate_init=0.7),')],
+    "a row of the recipes": [('"synthetic": Recipe(),', '"synthetic": Recipe(gate_init=0.7),')],
 }  # fmt: skip
 OTHER = {
     "a number": [("return min(1.0, 2.0 * progress)", "return min(1.0, 3.0 * progress)")],
