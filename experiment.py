@@ -139,8 +139,8 @@ RUNS: dict[str, Run] = {
 }
 CONTROL = "run_7"  # what every other run is compared with
 
-DECISIVE = ("run_1", "run_7", "run_8", "run_10")  # all of the others have
-FEWER_SEEDS = {"laptop-long": 3}  # the first, where a run costs an hour
+DECISIVE = ("run_1", "run_7", "run_8", "run_10")  # have all seeds of a scale
+FEWER_SEEDS = {"laptop-long": 3}  # of the others: a run takes an hour
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +34,7 @@ from lab.drawing import (
     MEASURED_NOISE,
     curves,
     grouped,
+    in_twos,
     looks,
     named_points,
     noise_bands,
@@ -184,14 +184,10 @@ def frontier(arms: list[Arm]):
     panels = [(measured_as(arms, x, y), y) for y in known(arms, CURVES) for x in CURVES[y]]
     if not panels:
         return None
-    n_rows = math.ceil(len(panels) / 2)
-    figure, (band, _) = stack("Frontier", arms, [1.55 * n_rows])
-    for ax, panel in zip_longest(band.subplots(n_rows, 2, squeeze=False).flat, panels):
-        if panel:
-            over_targets(ax, arms, *panel)
-            ax.set(title=heading(panel[1]), xlabel=METRICS[panel[0]][0])
-        else:
-            ax.remove()
+    figure, (band, _) = stack("Frontier", arms, [1.55 * math.ceil(len(panels) / 2)])
+    for ax, (x, y) in zip(in_twos(band, len(panels)), panels, strict=True):
+        over_targets(ax, arms, x, y)
+        ax.set(title=heading(y), xlabel=METRICS[x][0])
     return figure
 
 

@@ -80,6 +80,14 @@ def stack(title: str, arms: list[Arm], heights: list[float], legend: bool = True
     return figure, bands
 
 
+def in_twos(band, n: int, **axes) -> list:
+    """So many axes of a band, two to a row."""
+    found = [*band.subplots(math.ceil(n / 2), 2, squeeze=False, **axes).flat]
+    for ax in found[n:]:
+        ax.remove()
+    return found[:n]
+
+
 def say(ax, text: str = "no value in any run") -> None:
     ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color="0.4")
 

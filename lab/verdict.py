@@ -5,10 +5,9 @@ stand only where the declared test says so, and that all else is called descript
 """
 
 import math
-from itertools import zip_longest
 from typing import NamedTuple
 
-from lab.drawing import differences, stack
+from lab.drawing import differences, in_twos, stack
 from lab.frontier import ByTarget, Comparison, Endpoint, at_middle, by_run, endpoints, several
 from lab.runs import Arm
 from lab.tables import MISSING, Metrics, Table, difference, not_comparable, shown, titled
@@ -104,16 +103,11 @@ def verdict_figure(arms: list[Arm], metrics: Metrics, control_name: str, baselin
         for question, first in asked.found[0].items()
         for i, reading in enumerate(first.readings)
     ]
-    n_rows = math.ceil(len(panels) / 2)
-    heights = [(0.62 + 0.16 * len(asked.arms)) * n_rows]
+    heights = [(0.62 + 0.16 * len(asked.arms)) * math.ceil(len(panels) / 2)]
     figure, (band,) = stack("Verdict", arms, heights, legend=False)
-    axes = band.subplots(n_rows, 2, sharey=True, squeeze=False)
-    for ax, panel in zip_longest(axes.flat, panels):
-        if panel:
-            question, i, title = panel
-            found = [of_run[question] for of_run in asked.found]
-            sure = [endpoint.holm < SURE for endpoint in found]
-            differences(ax, asked.arms, [e.readings[i] for e in found], sure, title)
-        else:
-            ax.remove()
+    axes = in_twos(band, len(panels), sharey=True)
+    for ax, (question, i, title) in zip(axes, panels, strict=True):
+        found = [of_run[question] for of_run in asked.found]
+        sure = [endpoint.holm < SURE for endpoint in found]
+        differences(ax, asked.arms, [e.readings[i] for e in found], sure, title)
     return figure

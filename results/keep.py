@@ -2,8 +2,8 @@
 
     python results/keep.py FROM TO [EVERY]     # the folders run_* of FROM, into TO
 
-Left out are weights, the snapshot of the script, pages that are drawn from them, and SAE-Bench's printed log.  With
-EVERY the training log keeps each EVERY-th step and the last, in six digits: hundreds of SAEs write
+Left out are weights, the snapshot of the script, features.html with its data, and SAE-Bench's
+printed log.  With EVERY the training log keeps each EVERY-th step and the last, in six digits: hundreds of SAEs write
 20 MB.  config.json then says so, and has the SHA-256 of the log as it is kept.
 """
 
@@ -12,6 +12,10 @@ import json
 import shutil
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from lab import metrics
+from lab.storage import json_text, write_atomically
 
 LEFT_OUT = ("*.safetensors", "experiment.py", "sae_bench.log", "features.*", ".lock")
 
@@ -28,7 +32,7 @@ def rounded(value: object) -> object:
         return {name: rounded(of_it) for name, of_it in value.items()}
     if isinstance(value, list):
         return [rounded(of_it) for of_it in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    return metrics.rounded(value, 6) if isinstance(value, float) else value
 
 
 def keep(run: Path, to: Path, every: int) -> None:
@@ -40,7 +44,7 @@ def keep(run: Path, to: Path, every: int) -> None:
     log.write_text(thinned(log.read_text(encoding="utf-8").splitlines(), every), encoding="utf-8")
     config = json.loads(about.read_text(encoding="utf-8")) | {"log_keeps_every": every}
     config["sha256"]["training_log.jsonl"] = hashlib.sha256(log.read_bytes()).hexdigest()
-    about.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_atomically(about, json_text(config))
 
 
 def main() -> None:

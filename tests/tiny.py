@@ -405,7 +405,7 @@ def trained(model: Path, folder: Path) -> SimpleNamespace:
     # Alphas strictly inside (0, 1) and a long average: nothing of the export is trivial.
     run = experiment.Run("for these tests", alpha_start=0.1, alpha_end=0.6, ema=True)
     # Loose enough for latents to share a letter between them: absorption has something to find.
-    scale = tiny_scale(model, training_tokens=60 * 256, target_l0s=(32.0,))
+    scale = tiny_scale(model, training_tokens=60 * 256, target_l0s=(36.0,))
     recipe = replace(RECIPE, ema_horizon_fraction=0.3)
     with mock.patch.dict(os.environ, COSINE_SAE_CACHE=str(folder / "cache")), signals() as stop:
         lm = load_language_model(scale)
