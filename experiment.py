@@ -49,7 +49,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,9 +138,6 @@ RUNS: dict[str, Run] = {
     ),
 }
 CONTROL = "run_7"  # what every other run is compared with
-
-DECISIVE = ("run_1", "run_7", "run_8", "run_10")  # have all seeds of a scale
-FEWER_SEEDS = {"laptop-long": 3}  # of the others: a run takes an hour
 
 
 @dataclass(frozen=True)
@@ -914,8 +911,6 @@ def main(arguments: list[str] | None = None) -> int:
         titles = {name: run.title for name, run in RUNS.items()}
         out_dir, name = chosen_run(titles, sys.argv[1:] if arguments is None else arguments)
         scale, ranks = choose_scale(), Ranks()
-        if name not in DECISIVE:
-            scale = replace(scale, n_seeds=FEWER_SEEDS.get(scale.name, scale.n_seeds))
         say(f"scale {scale.name}: {name}, {RUNS[name].title}")
         with locked(out_dir) if ranks.rank == 0 else nullcontext():
             execute(out_dir, name, scale, ranks, signals)

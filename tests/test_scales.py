@@ -7,7 +7,6 @@ import pytest
 import torch
 from tiny import hundred_steps
 
-import experiment
 from lab.process import ExperimentError
 from lab.scales import SCALES, Scale, choose_scale
 
@@ -118,20 +117,6 @@ def test_with_a_gpu_the_large_scale_is_chosen(monkeypatch):
     assert choose_scale() is SCALES["gemma-2-2b"]
     monkeypatch.setenv("EXPERIMENT_SCALE", "laptop")
     assert choose_scale() is SCALES["laptop"]
-
-
-@pytest.mark.parametrize(("run", "seeds"), [("run_7", 8), ("run_10", 8), ("run_3", 3)])
-def test_where_a_run_costs_an_hour_those_that_do_not_decide_have_the_first_seeds(
-    run, seeds, tmp_path, monkeypatch
-):
-    scales = []
-    monkeypatch.setattr(experiment, "execute", lambda *args: scales.append(args[2]))
-    for name in ("laptop-long", "synthetic"):
-        monkeypatch.setenv("EXPERIMENT_SCALE", name)
-        assert experiment.main([f"--out_dir={tmp_path / run}"]) == 0
-    assert scales[0] == replace(SCALES["laptop-long"], n_seeds=seeds)
-    assert scales[1] == SCALES["synthetic"]
-    assert set(experiment.DECISIVE) <= set(experiment.RUNS)
 
 
 def test_an_unknown_scale_is_refused_with_the_names_there_are(monkeypatch):

@@ -38,21 +38,13 @@ OF_A_MODEL = (
 OF_A_WORLD = ("absorption_gap", "parent_fires_alone", "parent_cosine", "mcc", "f1")
 
 
-def scale_of(study: str, run: str):
-    """As the run has it: with fewer seeds than the scale where it does not decide."""
-    scale = SCALES[STUDIES[study]]
-    if run in experiment.DECISIVE:
-        return scale
-    return replace(scale, n_seeds=experiment.FEWER_SEEDS.get(scale.name, scale.n_seeds))
-
-
 def results_of(study: str, run: str) -> dict:
     return json.loads((RESULTS / study / run / "final_info.json").read_text(encoding="utf-8"))
 
 
 def entries_of(study: str, run: str) -> list[tuple[float, dict]]:
     """(target L0, entry) of every layer and target."""
-    scale, found = scale_of(study, run), results_of(study, run)
+    scale, found = SCALES[STUDIES[study]], results_of(study, run)
     pairs = [(layer, target) for layer in scale.layers for target in scale.target_l0s]
     return [(target, found[title(scale, layer, target)]) for layer, target in pairs]
 
@@ -75,7 +67,7 @@ def test_the_metrics_of_the_laptops_study_are_those_that_runs_have_now():
 @pytest.mark.parametrize(("study", "run"), RUNS)
 def test_the_committed_numbers_came_from_the_committed_configuration(study, run):
     config = json.loads((RESULTS / study / run / "config.json").read_text(encoding="utf-8"))
-    scale = scale_of(study, run)
+    scale = SCALES[STUDIES[study]]
     identity = {
         "run_name": run,
         "run": asdict(experiment.RUNS[run]),
@@ -99,7 +91,7 @@ def test_all_runs_of_a_study_were_made_by_one_program_on_one_kind_of_machine(stu
 
 @pytest.mark.parametrize(("study", "run"), RUNS)
 def test_no_main_metric_of_a_study_is_missing(study, run):
-    scale = scale_of(study, run)
+    scale = SCALES[STUDIES[study]]
     metrics = MAIN_METRICS + (OF_A_WORLD if scale.world else OF_A_MODEL)
     for _, entry in entries_of(study, run):
         for metric in metrics:
@@ -132,7 +124,7 @@ def test_the_read_out_check_is_an_entry_of_its_own(run):
 
 @pytest.mark.parametrize(("study", "run"), RUNS)
 def test_the_training_log_holds_every_step_that_is_kept_once(study, run):
-    scale = scale_of(study, run)
+    scale = SCALES[STUDIES[study]]
     lines = (RESULTS / study / run / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     for layer in scale.layers:
