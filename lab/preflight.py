@@ -230,7 +230,11 @@ def gpu_needs(scale: Scale, model: ModelNeeds, n_readouts: int = 0) -> dict[str,
     batch = scale.n_seeds * scale.batch_tokens * layers * model.d_in * 2
     heldout = min(WATCHED, scale.heldout_contexts) * scale.context_length * layers * model.d_in * 4
     training = block * (1.1 + calibrating) + step + batch + heldout
-    logits = 8 * scale.context_length * model.vocabulary * (2 + 4 + 4)
+    # Of eight texts in bfloat16, the same less the last position, float32, and its log-softmax;
+    # beside them a layer's held-out residuals in float32: all, those that are scored, what an SAE
+    # makes of these, and all with that in place.
+    logits = 8 * scale.context_length * model.vocabulary * (2 + 2 + 4 + 4)
+    logits += 4 * scale.heldout_contexts * scale.context_length * model.d_in * 4
     # The saved SAEs and their read-outs, and latents: sums over a class of probing texts for all of
     # them, or those of the words that one's first-letter probes are trained on, twice.
     scored, read = getattr(torch, scale.evaluation_dtype).itemsize, layers * saes * (1 + n_readouts)
