@@ -14,10 +14,11 @@ from lab.scales import SCALES
 from lab.storage import json_text
 
 RESULTS = Path(experiment.__file__).parent / "results"
-STUDIES = {"laptop": "laptop", "synthetic": "synthetic"}  # folder -> scale
-MADE = {"synthetic": ("run_1", "run_7", "run_8", "run_9", "run_10")}  # of the others all
-KEPT = {"synthetic": 25}  # steps from one line of a committed log to the next
-RUNS = [(study, run) for study in STUDIES for run in MADE.get(study, experiment.RUNS)]
+# folder -> scale
+STUDIES = {"laptop": "laptop", "laptop_long": "laptop-long", "synthetic": "synthetic"}
+# Steps from one line of a committed log to the next.
+KEPT = {"laptop_long": 10, "synthetic": 25}
+RUNS = [(study, run) for study in STUDIES for run in experiment.RUNS]
 MAIN_METRICS = ("mse_roughness", "loss_roughness", "grad_norm_cv", "fvu", "l0", "decoder_pw_mcc")
 OF_A_MODEL = (
     "absorption_full",
