@@ -224,11 +224,19 @@ def schedules(arms: list[Arm]):
     return figure
 
 
+def of_a_world(arms: list[Arm]) -> bool:
+    """Whether the features are known: there are no words and no probing tasks then."""
+    return any(np.isfinite(arm.seeds("absorption_gap")).any() for arm in arms)
+
+
 def online_absorption(arms: list[Arm]):
-    """Absorption of the live weights in training, on the words SAE-Bench trains its probe on."""
+    """Absorption of the live weights in training: on the words SAE-Bench trains its probe on, or of
+    a known world on rows of its own."""
+    of_words = "absorption fraction ↓", "full absorption ↓"
+    titles = ("gap ↓", "parent's latent silent, child off ↓") if of_a_world(arms) else of_words
     figure, (upper, lower, _) = stack("Online absorption", arms, [1.9, 1.9])
-    curves(upper.subplots(), arms, "online_absorption_fraction", "absorption fraction ↓")
-    curves(lower.subplots(), arms, "online_absorption_full", "full absorption ↓")
+    curves(upper.subplots(), arms, "online_absorption_fraction", titles[0])
+    curves(lower.subplots(), arms, "online_absorption_full", titles[1])
     return figure
 
 
@@ -326,12 +334,14 @@ def tradeoff(arms: list[Arm]):
 
 
 def readout(arms: list[Arm]):
-    """The same SAEs probed with another alpha (open) than the one they were trained to (filled)."""
+    """The same SAEs read with another alpha (open) than the one they were trained to (filled)."""
     if not (scored := with_readouts(arms)):
         return None
+    of_texts = "probing_top_1", "probing_top_5"
+    metrics = ("absorption_gap", "fvu") if of_a_world(scored) else of_texts
     figure, (band,) = stack("Read-out check", scored, [0.55 + 0.17 * len(scored)], legend=False)
     axes = band.subplots(1, 2, sharey=True)
-    for ax, metric in zip(axes, ("probing_top_1", "probing_top_5"), strict=True):
+    for ax, metric in zip(axes, metrics, strict=True):
         rows(ax, scored, [arm.value(metric) for arm in scored], heading(metric), 3)
     return figure
 

@@ -498,6 +498,10 @@ def test_the_sd_over_tasks_comes_from_the_tasks_of_each_seed(tmp_path):
 def test_in_a_world_two_questions_are_asked_and_absorption_is_the_gap(tmp_path):
     targets = (5.95, 7.22, 8.5, 10.6, 12.75)
     write_study(tmp_path, ("run_7", "run_8"), targets, 10, (0, 1), make=world_entry)
+    path = tmp_path / "run_7" / "final_info.json"
+    info = json.loads(path.read_text("utf-8"))
+    info |= {f"{key}, read out with alpha = 0": info[key] for key in list(info)}
+    path.write_text(json.dumps(info), "utf-8")
     found = draw(tmp_path)
     assert (found.returncode, found.stderr) == (0, "")
     said = (tmp_path / "summary.md").read_text("utf-8")
@@ -513,6 +517,12 @@ def test_in_a_world_two_questions_are_asked_and_absorption_is_the_gap(tmp_path):
     for i in (0, 1):
         shown = words(tmp_path / f"frontier_synthetic_layer_{i}_every_L0.svg")
         assert all(title in shown for title in ("gap ↓", "FVU ↓", "MCC ↑", "F1 ↑"))
+        online = words(tmp_path / f"online_absorption_synthetic_layer_{i}_every_L0.svg")
+        assert "gap ↓" in online
+        assert "absorption fraction" not in online
+        read = words(tmp_path / f"readout_synthetic_layer_{i}_every_L0.svg")
+        assert all(title in read for title in ("read as α = 0", "gap ↓", "FVU ↓"))
+        assert "no value" not in read
         assert not (tmp_path / f"probing_synthetic_layer_{i}_every_L0.svg").exists()
 
 

@@ -94,9 +94,9 @@ def test_several_disks_are_asked_for_what_each_has_to_hold(machine, monkeypatch)
 
 
 def test_the_gpu_must_have_room_for_the_model_the_saes_and_a_block(machine):
-    """Gemma in bfloat16 5.23; 5 * 0.382 (9 SAEs) and twice a layer's, 0.127; logits of 8 contexts at
-    12 bytes each, 3.15, beside four times 256 held-out contexts in float32, 1.21, which are more
-    than a block and a step of training: 11.75.  On an H100 a run at these sizes took 11.24.
+    """Gemma in bfloat16 5.23; 5 * 0.382 (9 SAEs) and twice a layer's, 0.127; logits of 8 contexts
+    at 12 bytes each, 3.15, beside four times 256 held-out contexts in float32, 1.21, which are
+    more than a block and a step of training: 11.75.  A run at these sizes took 11.24 of an H100.
     Pythia is read in bfloat16 and in float32: 0.42; its SAEs 0.35; logits and contexts 0.89, more
     than scores (copies of the SAEs, and twice the latents of 20,122 words): 1.66."""
     assert complaints("gemma-2-2b", machine(disk=99, gpu=11.8)) == []
