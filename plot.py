@@ -35,6 +35,7 @@ from lab.drawing import (
     curves,
     grouped,
     in_twos,
+    less_control,
     looks,
     named_points,
     noise_bands,
@@ -179,15 +180,18 @@ def verdict(arms: list[Arm]):
 
 
 def frontier(arms: list[Arm]):
-    """Every run over its target L0s: a line through the means, a dot a seed.  L0 and FVU are those
-    on the words or texts of the score, where they were measured."""
+    """Every run over its target L0s: a line through the means, a dot a seed; last, FVU less the
+    control's at equal L0.  L0 and FVU: on what is scored, if measured."""
     panels = [(measured_as(arms, x, y), y) for y in known(arms, CURVES) for x in CURVES[y]]
     if not panels:
         return None
-    figure, (band, _) = stack("Frontier", arms, [1.55 * math.ceil(len(panels) / 2)])
-    for ax, (x, y) in zip(in_twos(band, len(panels)), panels, strict=True):
+    figure, (band, _) = stack("Frontier", arms, [1.55 * (len(panels) // 2 + 1)])
+    *axes, last = in_twos(band, len(panels) + 1)
+    for ax, (x, y) in zip(axes, panels, strict=True):
         over_targets(ax, arms, x, y)
         ax.set(title=heading(y), xlabel=METRICS[x][0])
+    less_control(last, arms, CONTROL, "l0", "fvu")
+    last.set(title=f"FVU less {CONTROL}'s", xlabel="L0")
     return figure
 
 
@@ -202,7 +206,7 @@ def training_curves(arms: list[Arm]):
         median = [np.median(loss[abs(steps - step) <= 25]) for step in steps]
         ax.plot(steps, median, **arm.look, markevery=(0.015 * i, 0.15))
     axes = bottom.subplots(1, 3, sharey=True)
-    for ax, metric in zip(axes, ("loss_roughness", "loss_spikes", "grad_norm_cv"), strict=True):
+    for ax, metric in zip(axes, ("mse_roughness", "loss_spikes", "grad_norm_cv"), strict=True):
         rows(ax, arms, [arm.value(metric) for arm in arms], heading(metric))
     axes[1].xaxis.set_major_locator(MaxNLocator(2, integer=True, min_n_ticks=1))
     return figure
@@ -334,7 +338,7 @@ def tradeoff(arms: list[Arm]):
 
 
 def readout(arms: list[Arm]):
-    """The same SAEs read with another alpha (open) than the one they were trained to (filled)."""
+    """SAEs read with another alpha (open) than they were trained to (filled)."""
     if not (scored := with_readouts(arms)):
         return None
     of_texts = "probing_top_1", "probing_top_5"

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from lab.comparison import sd
-from lab.frontier import EVERY_L0, Comparison, by_run, of_seeds
+from lab.frontier import EVERY_L0, Comparison, at_level, by_run, levels, of_seeds
 from lab.runs import AT_L0, Arm, Value
 
 # Okabe and Ito's colours, and four more that colour-blind readers can tell from them.
@@ -167,6 +167,27 @@ def over_targets(ax, arms: list[Arm], x: str, y: str) -> None:
     logarithmic(ax, "x", wide=4)
     if y.startswith("fvu"):
         logarithmic(ax, "y", wide=4)
+
+
+def less_control(ax, arms: list[Arm], control_name: str, x: str, y: str) -> None:
+    """A line per run: its difference to the control where both have the same x, at the places that
+    follow from the control, with the 95% interval (of few seeds ± one standard error)."""
+    runs = by_run(arms)
+    if (control := runs.pop(control_name, None)) is None or not runs:
+        say(ax, f"no other run than {control_name}" if control else f"{control_name} is missing")
+        return
+    places = np.array([*levels(control, x).values()])
+    for i, run in enumerate(runs.values()):
+        found = [at_level(run, control, x, y, place).found for place in places]
+        bars = [
+            (d.mean - d.low, d.high - d.mean) if math.isfinite(d.low) else (d.error, d.error)
+            for d in found
+        ]
+        beside = places * 1.004 ** (i - (len(runs) - 1) / 2)  # bars must not hide each other
+        look = next(iter(run.values())).look | {"markersize": 3.5}
+        ax.errorbar(beside, [d.mean for d in found], yerr=np.transpose(bars), **look)
+    ax.axhline(0, color="black", lw=0.8)
+    logarithmic(ax, "x", wide=4)
 
 
 def shares(ax, arms: list[Arm], parts: dict[str, tuple[str, str]]) -> None:

@@ -533,6 +533,23 @@ def frontier_axes(folder):
     return plot.frontier(layer(folder)).subfigs[0].axes
 
 
+def test_the_last_panel_is_fvu_less_the_controls_at_equal_l0(tmp_path):
+    """At L0 8, 16 and 32 the control has .4, .16 and .1, the run .32, .2 and .08."""
+    write(tmp_path, run_7=control_info(), run_1=run_info())
+    ax = frontier_axes(tmp_path)[-1]
+    assert (ax.get_title(), ax.get_xlabel()) == ("FVU less run_7's", "L0")
+    ((line, _, _),) = ax.containers
+    assert line.get_xdata() == pytest.approx([8, 16, 32])
+    assert line.get_ydata() == pytest.approx([-0.08, 0.04, -0.02])
+    write(tmp_path / "alone", run_7=control_info())
+    assert [t.get_text() for t in frontier_axes(tmp_path / "alone")[-1].texts] == [
+        "no other run than run_7"
+    ]
+    write(tmp_path / "without", run_1=run_info())
+    (text,) = frontier_axes(tmp_path / "without")[-1].texts
+    assert text.get_text() == "run_7 is missing"
+
+
 def test_a_line_goes_through_the_means_and_every_seed_is_a_dot(tmp_path):
     targets = (18, 36, 72)
     write_study(tmp_path, ("run_1", "run_7"), targets, seeds=4)
