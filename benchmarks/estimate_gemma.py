@@ -6,7 +6,7 @@ What the language model reads is counted from the scale; its time is a roofline,
 over memory added up, which is what gpu_throughput.py then measured on an H100 within 2%.  What a
 host core does in an evaluation is a profile on a CPU (below), in proportion to words, classes and
 SAEs; what stays on the GPU there is counted in operators, each as long as the host was measured to
-take to launch one.  Other numbers name their source.  A whole run was not measured.
+take to launch one.  Other numbers name their source.  No whole run with the real weights was timed.
 """
 
 import sys
