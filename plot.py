@@ -148,6 +148,9 @@ def heading(metric: str) -> str:
     return titled(METRICS[metric])
 
 
+WORLDS = ("absorption_gap",)  # a world's features are known, and it has no words and no texts
+
+
 def known(arms: list[Arm], metrics: Iterable[str]) -> list[str]:
     """Those that any run has."""
     return [m for m in metrics if any(math.isfinite(arm.value(m)[0]) for arm in arms)]
@@ -228,16 +231,11 @@ def schedules(arms: list[Arm]):
     return figure
 
 
-def of_a_world(arms: list[Arm]) -> bool:
-    """Whether the features are known: there are no words and no probing tasks then."""
-    return any(np.isfinite(arm.seeds("absorption_gap")).any() for arm in arms)
-
-
 def online_absorption(arms: list[Arm]):
     """Absorption of the live weights in training: on the words SAE-Bench trains its probe on, or of
     a known world on rows of its own."""
     of_words = "absorption fraction ↓", "full absorption ↓"
-    titles = ("gap ↓", "parent's latent silent, child off ↓") if of_a_world(arms) else of_words
+    titles = ("gap ↓", "parent's latent silent, child off ↓") if known(arms, WORLDS) else of_words
     figure, (upper, lower, _) = stack("Online absorption", arms, [1.9, 1.9])
     curves(upper.subplots(), arms, "online_absorption_fraction", titles[0])
     curves(lower.subplots(), arms, "online_absorption_full", titles[1])
@@ -342,7 +340,7 @@ def readout(arms: list[Arm]):
     if not (scored := with_readouts(arms)):
         return None
     of_texts = "probing_top_1", "probing_top_5"
-    metrics = ("absorption_gap", "fvu") if of_a_world(scored) else of_texts
+    metrics = ("absorption_gap", "fvu") if known(scored, WORLDS) else of_texts
     figure, (band,) = stack("Read-out check", scored, [0.55 + 0.17 * len(scored)], legend=False)
     axes = band.subplots(1, 2, sharey=True)
     for ax, metric in zip(axes, metrics, strict=True):

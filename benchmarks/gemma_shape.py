@@ -14,7 +14,6 @@ prepares is in it.  run_1: with its read-outs.
 import argparse
 import json
 import os
-import re
 import resource
 import shutil
 import tempfile
@@ -22,7 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from gpu_throughput import GEMMA_2_2B, HERE, random_model
+from gpu_throughput import GEMMA_2_2B, random_model
+from machine import slug, target
 
 import experiment
 from lab.devices import training_device
@@ -31,7 +31,7 @@ from lab.smollm2 import smollm2_folder
 from lab.storage import json_text, versions, write_atomically
 
 RUN = "run_1"
-TASKS = {"tasks": SCALES["laptop"].tasks, "probe_train_set_size": 240, "probe_test_set_size": 160}
+PACKAGED = ("text", "tasks", "probe_train_set_size", "probe_test_set_size")  # as the laptop's
 TINY_MODEL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "head_dim": 16}
 TINY_MODEL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50_000}
 TINY = {"layers": (1,), "training_tokens": 8192, "absorption_words": 1500, "n_seeds": 1}
@@ -46,13 +46,15 @@ def random_gemma(folder: Path, tiny: bool) -> None:
     model = random_model(config, training_device(), torch.bfloat16, "eager")
     model.config.bos_token_id, model.config.eos_token_id = 1, 2  # SmolLM2's
     model.save_pretrained(folder)
+    smollm2 = smollm2_folder()
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(smollm2_folder() / name, folder)
+        shutil.copy(smollm2 / name, folder)
 
 
 def shaped(scale: Scale, model: Path, tiny: bool) -> Scale:
-    changes = {"training_tokens": 3_072_000} | TASKS | (TINY if tiny else {})
-    return replace(scale, language_model=str(model), text="sae-probes", **changes)
+    changes = {name: getattr(SCALES["laptop"], name) for name in PACKAGED}
+    changes |= {"training_tokens": 3_072_000} | (TINY if tiny else {})
+    return replace(scale, language_model=str(model), **changes)
 
 
 def main() -> int:
@@ -85,8 +87,7 @@ def main() -> int:
     }
     print(json_text(found))
     if not chosen.tiny:
-        device = re.sub(r"[^a-z0-9]+", "-", found["device"].lower()).strip("-")
-        path = HERE / "results" / f"gemma_shape_{device}.json"
+        path = target("gemma_shape", slug(found["device"]))
         write_atomically(path, json_text(found) + "\n")
         print(f"written to {path}")
     return 0

@@ -28,7 +28,6 @@ import gc
 import hashlib
 import json
 import platform
-import re
 import statistics
 import sys
 import time
@@ -43,6 +42,7 @@ from unittest import mock
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import torch
+from machine import slug, target
 from online_absorption_cost import made_up_words
 
 import experiment
@@ -570,8 +570,7 @@ def main() -> int:
     study = replace(study, **{name: tuple(value) for name, value in parts.items() if value})
     setting, path = setting_of(study, device, chosen.attention), chosen.json
     if path is None and not chosen.tiny:
-        slug = re.sub(r"[^a-z0-9]+", "-", setting["device"].lower()).strip("-")
-        path = HERE / "results" / f"gpu_throughput_{slug}.json"
+        path = target("gpu_throughput", slug(setting["device"]))
     report = Report(path, setting)
     memory = f", {setting['memory_gb']:.0f} GB" if setting["memory_gb"] else ""
     print(f"{setting['device']}{memory}, torch {setting['torch']}, CUDA {setting['cuda']}")

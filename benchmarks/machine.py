@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -16,6 +17,11 @@ from lab.storage import json_text, versions, write_atomically
 def target(name: str, units: str) -> Path:
     """results/<name>_<units>.json: each kind of machine keeps its own."""
     return HERE / "results" / f"{name}_{units}.json"
+
+
+def slug(device: str) -> str:
+    """A GPU's name as it stands in a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def measured(name: str, units: str) -> dict:

@@ -46,6 +46,13 @@ class Difference(NamedTuple):
     p: float  # two-sided, of all 2^n ways to flip the signs; missing above MOST_SEEDS
     n: int  # seeds that both runs have
 
+    @property
+    def bar(self) -> tuple[float, float]:
+        """How far below and above the mean to draw: to the interval's ends, or the error."""
+        if math.isfinite(self.low):
+            return self.mean - self.low, self.high - self.mean
+        return self.error, self.error
+
 
 def paired_difference(a: Sequence[float | None], b: Sequence[float | None]) -> Difference:
     """Seed s of `a` minus seed s of `b`, over the seeds that both have.

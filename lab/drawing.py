@@ -137,10 +137,8 @@ def differences(ax, arms: list[Arm], found: list[Comparison], sure: list[bool], 
     """A row per run, from the top: its difference to the control with the 95% interval (of few
     seeds ± one standard error), open unless it is `sure`; grey, the sd over the control's seeds."""
     for y, (arm, (d, *_), filled) in enumerate(zip(arms, found, sure, strict=True)):
-        interval = [[d.mean - d.low], [d.high - d.mean]]
-        bar = interval if math.isfinite(d.low) else d.error
         face = {} if filled else {"markerfacecolor": "white"}
-        ax.errorbar(d.mean, y, xerr=bar, **arm.look | face)
+        ax.errorbar(d.mean, y, xerr=np.transpose([d.bar]), **arm.look | face)
     noise = sd(next((comparison.control for comparison in found if len(comparison.control)), ()))
     if math.isfinite(noise):
         ax.axvspan(-noise, noise, color="0.9", lw=0, zorder=0)
@@ -179,13 +177,11 @@ def less_control(ax, arms: list[Arm], control_name: str, x: str, y: str) -> None
     places = np.array([*levels(control, x).values()])
     for i, run in enumerate(runs.values()):
         found = [at_level(run, control, x, y, place).found for place in places]
-        bars = [
-            (d.mean - d.low, d.high - d.mean) if math.isfinite(d.low) else (d.error, d.error)
-            for d in found
-        ]
         beside = places * 1.004 ** (i - (len(runs) - 1) / 2)  # bars must not hide each other
         look = next(iter(run.values())).look | {"markersize": 3.5}
-        ax.errorbar(beside, [d.mean for d in found], yerr=np.transpose(bars), **look)
+        ax.errorbar(
+            beside, [d.mean for d in found], yerr=np.transpose([d.bar for d in found]), **look
+        )
     ax.axhline(0, color="black", lw=0.8)
     logarithmic(ax, "x", wide=4)
 

@@ -233,8 +233,8 @@ def gpu_needs(scale: Scale, model: ModelNeeds, n_readouts: int = 0) -> dict[str,
     # Of eight texts in bfloat16, the same less the last position, float32, and its log-softmax;
     # beside them a layer's held-out residuals in float32: all, those that are scored, what an SAE
     # makes of these, and all with that in place.
-    logits = 8 * scale.context_length * model.vocabulary * (2 + 2 + 4 + 4)
-    logits += 4 * scale.heldout_contexts * scale.context_length * model.d_in * 4
+    fidelity = 8 * scale.context_length * model.vocabulary * (2 + 2 + 4 + 4)
+    fidelity += 4 * scale.heldout_contexts * scale.context_length * model.d_in * 4
     # The saved SAEs and their read-outs, and latents: sums over a class of probing texts for all of
     # them, or those of the words that one's first-letter probes are trained on, twice.
     scored, read = getattr(torch, scale.evaluation_dtype).itemsize, layers * saes * (1 + n_readouts)
@@ -247,5 +247,5 @@ def gpu_needs(scale: Scale, model: ModelNeeds, n_readouts: int = 0) -> dict[str,
         * (2 if scale.evaluation_dtype == "bfloat16" else 2 + scored),
         # Weights, gradients, two moments, average; of the layer that steps what it is computed by.
         "SAEs": (5 * layers + 2) * one_layer,
-        "training, cross-entropy or scores": max(training, logits, scores),
+        "training, cross-entropy or scores": max(training, fidelity, scores),
     }
